@@ -1,0 +1,1 @@
+"""One short, complete config an experiment; `common.py` holds what all share, with one block a size."""

@@ -1,0 +1,164 @@
+"""What every experiment shares, and the sizes: tiny, smollm2, llama2_7b, llama2_13b, llama2_70b.
+
+Every key is here or in the experiment's own file, and every key is read. Durations carry their unit in the name."""
+
+from ml_collections import config_dict
+
+
+def get_config(size: str = "tiny") -> config_dict.ConfigDict:
+    if size not in SIZES:
+        raise ValueError(f"the size is {size!r}; expected one of {', '.join(SIZES)}")
+    config = config_dict.ConfigDict()
+    config.seed = 0
+    config.stages = ()
+    config.model = dict(
+        path=size,  # tiny (self-made), smollm2 (embedded), or a Hugging Face directory or id
+        dtype="float32",  # of the computation
+        param_dtype="float32",  # of the frozen base
+        remat="full",  # what the backward pass recomputes: none, dots (all but matmuls), full (all of a layer)
+        vocab_chunk=8192,  # vocabulary entries of logits at a time; 0: all at once
+    )
+    config.lora = dict(rank=16, alpha=32.0, targets="all", rslora=False)  # all, attention, or names with commas
+    config.mesh = dict(data=1, fsdp=-1, tensor=1)  # their product is the number of devices; -1: the rest
+    config.data = dict(
+        prompts="",  # JSONL path or glob, hub id, tfds:name; empty: the packaged openings
+        eval_prompts="",  # empty: the last held_out_prompts of the prompts
+        preferences="",  # empty: what the stage `preferences` made
+        eval_preferences="",  # empty: as made, or the last held_out_pairs of the preferences
+        sft="",  # empty: a small corpus made from the openings
+        instruction="",  # put before each input
+        prompt_tokens=16,
+        completion_tokens=20,
+        prompt_overflow="truncate_left",  # or error, drop
+        held_out_prompts=96,
+        held_out_pairs=96,
+        max_bad_records=0.0,  # fraction of the records that may be unusable
+    )
+    config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=0)
+    config.gold = "sentiment"  # a rule of rewards/rules.py that is measured, never trained on; empty: none
+    config.preferences = dict(
+        num_pairs=512,
+        batch_size=32,  # prompts; two completions each
+        coin_scale=5.0,  # P(the first is chosen) = sigmoid(coin_scale * difference in gold)
+    )
+    config.sft = stage(steps=60, batch_size=16, learning_rate=1e-4)
+    config.reward_model = stage(steps=64, batch_size=8, learning_rate=3e-4)
+    config.reward_model.update(
+        loss="logsigmoid",  # or logexp
+        center_coeff=0.01,  # pulls the mean of chosen and rejected to 0
+    )
+    config.ppo = stage(steps=16, batch_size=16, learning_rate=5e-4)
+    config.ppo.update(
+        num_completions=4,  # a prompt
+        rollout_epochs=2,  # passes over one rollout
+        num_minibatches=2,  # updates a pass
+        value="shared",  # the value head reads the policy's states; own: an adapter (or weights) of its own
+        reward_reference_batches=2,  # rollouts of the reference over which rewards get mean 0 and deviation 1
+        kl_coeff=0.05,  # reward units a nat of KL(policy || reference); 0: the reference is never run
+        kl_kind="k1",
+        kl_target=0.0,  # nats a completion, for the adaptive coefficient; 0: fixed
+        kl_horizon=10000.0,  # completions
+        gamma=1.0,
+        gae_lambda=0.95,  # 1: Monte Carlo returns
+        clip_epsilon=0.2,
+        dual_clip=0.0,  # cap on the ratio where the advantage is negative; 0: none
+        value_clip=0.2,
+        value_coeff=0.1,
+        entropy_coeff=0.0,
+        whiten_rewards=False,  # without shifting their mean
+        whiten_advantages=True,
+        reward_clip=0.0,  # 0: none
+        missing_eos_rule="none",  # for a completion without an end token: none, penalty (subtracted), replace
+        missing_eos_value=0.0,
+    )
+    config.evaluation = dict(
+        batch_size=32,  # prompts
+        num_completions=4,  # a prompt; the first goes into the side-by-side files
+        temperature=1.0,  # 0 is greedy
+        max_kl=10.0,  # nats a completion; the report warns above it
+    )
+    config.logging = dict(
+        log_every_steps=1,
+        save_every_steps=8,
+        samples_every_steps=4,
+        num_samples=4,
+        keep_latest=2,
+        keep_best=1,
+        tags=dict(sft={}, reward_model={}, ppo={}),  # metric name -> another name to log it under as well
+    )
+    SIZES[size](config)
+    return config
+
+
+def stage(*, steps, batch_size, learning_rate) -> config_dict.ConfigDict:
+    """The keys of every training stage."""
+    return config_dict.ConfigDict(
+        dict(
+            steps=steps,
+            batch_size=batch_size,  # prompts
+            num_microbatches=1,  # pieces of a batch (or minibatch) whose gradients are summed
+            train="lora",  # or full
+            eval_every_steps=0,  # 0: at the end only
+            optimizer=dict(
+                learning_rate=learning_rate,
+                schedule="linear",  # to 0; or cosine, constant
+                warmup_steps=0,
+                b1=0.9,
+                b2=0.999,
+                eps=1e-5,
+                weight_decay=0.0,
+                clip_norm=1.0,
+            ),
+        )
+    )
+
+
+def tiny(config):
+    """Two layers, self-made weights and tokenizer, taught a small grammar by SFT: seconds on a laptop CPU."""
+    config.data.update(prompt_tokens=16, completion_tokens=12, held_out_prompts=64, held_out_pairs=64)
+    config.model.remat = "none"
+    config.sft.update(steps=150, batch_size=32, train="full")
+    config.sft.optimizer.learning_rate = 3e-3
+    config.reward_model.update(steps=64, batch_size=16)
+    config.reward_model.optimizer.learning_rate = 3e-3
+    config.preferences.update(num_pairs=512, batch_size=64)
+    config.ppo.update(steps=24, batch_size=32, num_completions=2)
+    config.ppo.optimizer.learning_rate = 3e-3
+    config.logging.update(log_every_steps=8, save_every_steps=16, samples_every_steps=12)
+
+
+def smollm2(config):
+    """SmolLM2-135M-Instruct, float32, two CPU cores and less than 6 GB."""
+
+
+def llama2_7b(config):
+    """LoRA on a v5e-16 or v4-16 slice (16 chips): base split 16 ways, batch over the same axis."""
+    _tpu(config, "meta-llama/Llama-2-7b-hf", fsdp=16, tensor=1)
+
+
+def llama2_13b(config):
+    """LoRA on 32 chips."""
+    _tpu(config, "meta-llama/Llama-2-13b-hf", fsdp=16, tensor=2)
+
+
+def llama2_70b(config):
+    """LoRA on 128 chips: grouped-query attention has 8 key/value heads, so tensor goes up to 8."""
+    _tpu(config, "meta-llama/Llama-2-70b-hf", fsdp=16, tensor=8)
+
+
+def _tpu(config, path, *, fsdp, tensor):
+    config.model.update(path=path, dtype="bfloat16", param_dtype="bfloat16", remat="full", vocab_chunk=0)
+    config.mesh.update(data=1, fsdp=fsdp, tensor=tensor)
+    config.data.update(prompt_tokens=512, completion_tokens=64)
+    config.preferences.update(num_pairs=8192, batch_size=64)
+    config.sft.update(steps=1000, batch_size=64)
+    config.reward_model.update(steps=1000, batch_size=64)
+    config.reward_model.optimizer.update(learning_rate=1e-4, warmup_steps=30)
+    config.ppo.update(steps=1000, batch_size=64, num_completions=1, rollout_epochs=4, num_minibatches=1,
+                      num_microbatches=2)
+    config.ppo.optimizer.update(learning_rate=1e-4, warmup_steps=30)
+    config.evaluation.update(batch_size=64, num_completions=1)
+    config.logging.update(log_every_steps=10, save_every_steps=100, samples_every_steps=50)
+
+
+SIZES = {f.__name__: f for f in (tiny, smollm2, llama2_7b, llama2_13b, llama2_70b)}

@@ -1,0 +1,13 @@
+"""PPO against a learned reward.   python -m experiments.run --config=configs/ppo.py:tiny --workdir=out
+
+The same workdir may already hold a reward model (configs/reward_model.py); then only PPO is left to do."""
+
+from configs import common
+
+
+def get_config(size="tiny"):
+    config = common.get_config(size)
+    config.stages = ("preferences", "reward_model", "ppo")
+    if size == "tiny":  # its self-made base knows nothing until it is taught
+        config.stages = ("sft", *config.stages)
+    return config

@@ -1,0 +1,1 @@
+"""The commands: flags, one call, an exit status. Everything may be imported here; nothing imports these."""

@@ -1,0 +1,146 @@
+"""What every command shares: flags, configs with overrides, and errors as one line and an exit status.
+
+Imports nothing heavy, so that --help answers at once."""
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import json
+import math
+import os
+import sys
+import traceback
+
+from rlhf_jax.errors import InputError, Interrupted, RunError
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Flags of every command; --config.KEY=VALUE overrides come on top."""
+    made = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Any key of the config may be overridden: --config.ppo.kl_coeff=0.1",
+        allow_abbrev=False,
+    )
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(flags, overrides as KEY=VALUE). Anything else is an error, never ignored."""
+    flags, rest = made.parse_known_args(argv)
+    overrides, words = [], list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--config."):
+            raise InputError(f"'{word}' is not a flag of this command; overrides look like --config.KEY=VALUE.")
+        if "=" not in word:
+            if not words or words[0].startswith("--"):
+                raise InputError(f"'{word}' has no value; write {word}=VALUE.")
+            word = f"{word}={words.pop(0)}"
+        overrides.append(word.removeprefix("--config."))
+    return flags, overrides
+
+
+def load_config(spec: str, overrides: list[str]):
+    """The config of FILE.py[:SIZE] with overrides, locked. Raises InputError naming file, key or value."""
+    path, _, argument = spec.partition(":")
+    if not os.path.isfile(path):
+        raise InputError(f"--config: {path} does not exist (expected a Python file with get_config, then :SIZE).")
+    module_spec = importlib.util.spec_from_file_location("rlhf_jax_config", path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:
+        raise InputError(f"--config={spec}: {error}.") from None
+    return override(config, overrides)
+
+
+def load_saved(workdir: str, overrides: list[str]):
+    """The config of a run that is there, from its config.json, with overrides, locked."""
+    from ml_collections import config_dict
+
+    path = os.path.join(workdir, "config.json")
+    if not os.path.isfile(path):
+        raise InputError(f"{path} does not exist; --workdir is the directory of a run that was started.")
+    tuples = lambda x: {k: tuples(v) for k, v in x.items()} if isinstance(x, dict) else tuple(x) if isinstance(x, list) else x
+    with open(path, encoding="utf-8") as file:
+        return override(config_dict.ConfigDict(tuples(json.load(file))), overrides)
+
+
+def override(config, overrides: list[str]):
+    """Set KEY=VALUE pairs, each of the type it has; then lock."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        *path, leaf = key.split(".")
+        node = config
+        for i, name in enumerate([*path, leaf]):
+            if not hasattr(node, "keys") or name not in node:
+                known = [".".join([*path[:i], other]) for other in node] if hasattr(node, "keys") else []
+                near = difflib.get_close_matches(key, known, 1) or difflib.get_close_matches(key, flat(config), 1)
+                hint = f"did you mean {near[0]}?" if near else f"keys here: {', '.join(known) or 'none'}."
+                raise InputError(f"--config.{key}: no such key; {hint}")
+            if i < len(path):
+                node = node[name]
+        with config.unlocked():
+            node[leaf] = convert(key, value, node[leaf])
+    return config.lock()
+
+
+def flat(config, prefix="") -> dict:
+    """{dotted key: value} of the leaves."""
+    leaves = {}
+    for name, value in config.items():
+        leaves |= flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
+    return leaves
+
+
+def convert(key: str, text: str, old):
+    """`text` as a value of the type of `old`."""
+    if isinstance(old, str):
+        return text
+    spelled = {"true": True, "false": False}.get(text.strip().lower(), None)
+    try:
+        value = spelled if spelled is not None else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = tuple(part.strip() for part in text.split(",")) if isinstance(old, tuple) else None
+    if isinstance(old, tuple) and not isinstance(value, tuple):
+        value = tuple(value) if isinstance(value, list) else (value,) if value is not None else None
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(old) and not (hasattr(old, "items") and isinstance(value, dict)):
+        raise InputError(f"--config.{key}: {text!r} is not a {type(old).__name__} (it is {old!r} now).")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"--config.{key}: {text!r} is not a finite number.")
+    return value
+
+
+def main(command, argv=None) -> None:
+    """Run `command(argv)` and exit: 0, or the status of the error, told in one message on standard error."""
+    argv = sys.argv[1:] if argv is None else argv
+    # A hub that cannot be reached should say so once, not after a minute of retries in the background.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        command(argv)
+    except RunError as error:
+        _say(error, argv)
+        _exit(error.status)
+    except KeyboardInterrupt:
+        _say("interrupted before anything was started", argv)
+        _exit(Interrupted.status)
+    sys.stdout.flush()
+
+
+def _say(error, argv):
+    if "--debug" in argv:
+        traceback.print_exc()
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _exit(status):
+    sys.stdout.flush()
+    # A failed asynchronous save would hold the interpreter for minutes at exit.
+    os._exit(status) if status in (74, 76) else sys.exit(status)

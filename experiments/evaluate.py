@@ -1,0 +1,127 @@
+"""Side-by-side generation, figures and report for a finished run.
+
+python -m experiments.evaluate --workdir=runs/demo [--config.evaluation.num_completions=8]"""
+
+import json
+import os
+import sys
+
+from experiments import cli
+
+
+def side_by_side_and_report(run) -> None:
+    """The stage `evaluation`: tuned and untuned on the held-out prompts, then report.html and summary.png."""
+    from rlhf_jax.evaluation import curves, report, side_by_side
+    from rlhf_jax.models.roles import Role
+    from rlhf_jax.parallel import mesh as meshes
+    from rlhf_jax.rewards import rules
+
+    config, section = run.config, run.config.evaluation
+    name = tuned_stage(run)
+    policy, _, meta = run.load_role(name)
+    base = run.raw_base if name == "sft" else run.base
+    reward = None
+    if run.has_role("reward_model"):
+        reward = (run.load_role("reward_model")[0], meta.get("reward_mean", 0.0), meta.get("reward_std", 1.0))
+    prompts = run.encoded_prompts["held_out"]
+    texts, gold = [prompt.text for prompt, _ in prompts], rules.RULES[config.gold] if config.gold else None
+    found = {}
+    for side, role, against in (("untuned", Role(), None), ("tuned", policy, Role())):
+        run.console.note(f"evaluation: {side}, {len(texts)} prompts x {section.num_completions} completions")
+        with meshes.activate(run.mesh):
+            sampled = side_by_side.completions_of(
+                run.model,
+                base,
+                role,
+                [ids for _, ids in prompts],
+                prompt_length=run.prompt_length,
+                batch_size=section.batch_size,
+                sampling=run.sampling(section.num_completions, section.temperature),
+                tokenizer=run.tokenizer,
+                put=run.put,
+                rng=run.rng("evaluation"),
+                reward=reward,
+                against=against,
+                vocab_chunk=config.model.vocab_chunk,
+                check=lambda: run.stop.check("evaluation"),
+            )
+        found[side] = side_by_side.with_gold(sampled, texts, gold)
+    side_by_side.write(
+        run.workdir,
+        texts,
+        **found,
+        gold_name=rules.DESCRIPTIONS[config.gold] if config.gold else "",
+        sampling=run.config.sampling.to_dict() | {"temperature": section.temperature},
+    )
+    report.write_report(run.workdir)
+    curves.save_summary_png(run.workdir)
+
+
+def judge_reward_model(run, train_pairs, held_out, scores) -> None:
+    """reward_model.json from the scores of the held-out pairs, with their gold rewards where the data has them."""
+    from rlhf_jax.evaluation import reward_quality
+    from rlhf_jax.training import preferences
+    from rlhf_jax.training.workdir import write_json
+
+    rows = [pair.row.fields for pair in held_out]
+    gold = ceiling = None
+    if all("gold_0" in row and "gold_1" in row for row in rows):
+        gold = [[row[f"gold_{row['choice']}"], row[f"gold_{1 - row['choice']}"]] for row in rows]
+        ceiling = preferences.ceiling(rows, run.config.preferences.coin_scale)
+    found = reward_quality.quality(scores, gold, ceiling, train_pairs=len(train_pairs))
+    write_json(run.path("reward_model.json"), found)
+    told = f"held-out accuracy {found['accuracy']:.3f} on {len(rows)} pairs"
+    if gold is not None:
+        told += f" (label noise allows {ceiling:.3f}); agrees with the gold reward on {found['gold_accuracy']:.3f}"
+    run.console.note(f"reward_model: {told}")
+
+
+def tuned_stage(run) -> str:
+    """The last stage of the config that trained a policy and is done."""
+    from rlhf_jax.errors import InputError
+
+    policies = [s for s in run.config.stages if s not in ("preferences", "reward_model", "evaluation")]
+    done = [stage for stage in policies if run.has_role(stage)]
+    if not done:
+        raise InputError(f"{run.workdir} holds no tuned policy yet; run one of {', '.join(policies)} first.")
+    return done[-1]
+
+
+def tell(run) -> None:
+    """The table of what changed, and where the report is."""
+    path = run.path("evaluation.json")
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        summary = json.load(file)["summary"]
+    rows = []
+    for name in ("reward", "gold_reward", "kl", "completion_length", "finished"):
+        before, after = summary.get(f"untuned/{name}"), summary.get(f"tuned/{name}")
+        if after is not None:
+            rows.append([name, before, after, None if before is None else after - before])
+    run.console.table("held-out prompts", ["", "before", "after", "change"], rows)
+    run.console.note(f"report: {run.path('report.html')}")
+
+
+def command(argv):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--workdir", required=True, help="of a run that has trained a policy")
+    flags, overrides = cli.parse(parser, argv)
+    config = cli.load_saved(flags.workdir, overrides)
+
+    from rlhf_jax.checkpoints.lock import WorkdirLock
+    from rlhf_jax.training.console import Console
+    from rlhf_jax.training.loop import StopRequest
+    from rlhf_jax.training.run import Run
+    from rlhf_jax.training.workdir import phase, settle_config
+
+    with WorkdirLock(flags.workdir), StopRequest() as stop:
+        settle_config(config.to_dict(), flags.workdir)
+        run = Run(config, flags.workdir, Console(), stop)
+        with phase(flags.workdir, "evaluation"):
+            side_by_side_and_report(run)
+        tell(run)
+
+
+if __name__ == "__main__":
+    cli.main(command, sys.argv[1:])

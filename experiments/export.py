@@ -1,0 +1,54 @@
+"""The tuned model for Hugging Face users: merged weights, or the adapter alone in PEFT's format.
+
+python -m experiments.export --workdir=runs/demo --output=runs/demo/export [--merge]"""
+
+import os
+import shutil
+import sys
+
+from experiments import cli
+
+
+def command(argv):
+    parser = cli.parser(__doc__)
+    parser.add_argument("--workdir", required=True, help="of a run that has trained a policy")
+    parser.add_argument("--output", required=True, help="directory to write")
+    parser.add_argument("--merge", action="store_true", help="whole weights with the adapter in them")
+    flags, overrides = cli.parse(parser, argv)
+    config = cli.load_saved(flags.workdir, overrides)
+
+    from experiments.evaluate import tuned_stage
+    from rlhf_jax.checkpoints import huggingface, peft
+    from rlhf_jax.models import lora
+    from rlhf_jax.training.console import Console
+    from rlhf_jax.training.loop import StopRequest
+    from rlhf_jax.training.run import Run
+
+    console = Console()
+    run = Run(config, flags.workdir, console, StopRequest())
+    stage = tuned_stage(run)
+    role, settings, _ = run.load_role(stage)
+    base = run.raw_base if stage == "sft" else run.base
+    if role.base is None and not flags.merge:
+        peft.save_adapter(flags.output, role.adapter, settings, base_model_name=base_directory(run, flags.output))
+        console.note(f"adapter of stage {stage} written to {flags.output}")
+        return
+    weights = role.base if role.base is not None else lora.merge(base, role.adapter, settings)
+    huggingface.save_llama(flags.output, run.model.config, weights, run.tokenizer.tokenizer)
+    console.note(f"weights of stage {stage} written to {flags.output}")
+
+
+def base_directory(run, output: str) -> str:
+    """What the adapter belongs to. After supervised fine-tuning that is no published model: it is written beside."""
+    if not run.has_role("sft"):
+        return run.config.model.path if os.path.isdir(run.config.model.path) else run.model_path
+    from rlhf_jax.checkpoints import huggingface
+
+    directory = os.path.join(output, "base")
+    shutil.rmtree(directory, ignore_errors=True)
+    huggingface.save_llama(directory, run.model.config, run.base, run.tokenizer.tokenizer)
+    return directory
+
+
+if __name__ == "__main__":
+    cli.main(command, sys.argv[1:])

@@ -1,0 +1,50 @@
+"""The stages of one workdir in order: training's, then evaluation's, which training must not know."""
+
+import os
+
+from experiments import evaluate
+from rlhf_jax.checkpoints.lock import WorkdirLock
+from rlhf_jax.training import stages
+from rlhf_jax.training.checks import check_config
+from rlhf_jax.training.console import Console
+from rlhf_jax.training.loop import StopRequest
+from rlhf_jax.training.run import Run
+from rlhf_jax.training.workdir import phase, settle_config, write_environment
+
+STAGES = stages.STAGES | {
+    "reward_model": lambda run: stages.reward_model(run, evaluator=evaluate.judge_reward_model),
+    "evaluation": evaluate.side_by_side_and_report,
+}
+
+
+def run(config, workdir: str, command: str) -> None:
+    """All stages of the config that are not done yet. command: what was typed, for environment.json."""
+    check_config(config, tuple(STAGES))
+    console = Console(log_every_steps=config.logging.log_every_steps)
+    os.makedirs(workdir, exist_ok=True)
+    with WorkdirLock(workdir), StopRequest() as stop:
+        settle_config(config.to_dict(), workdir)
+        made = Run(config, workdir, console, stop)
+        todo = [stage for stage in config.stages if not is_done(made, stage)]
+        if todo:
+            keep_compiled_programs()
+            write_environment(workdir, config.to_dict(), command)
+        else:
+            console.note(f"all stages of {workdir} are done: {', '.join(config.stages)}")
+        for stage in todo:
+            with phase(workdir, stage):
+                STAGES[stage](made)
+        evaluate.tell(made)
+
+
+def is_done(run: Run, stage: str) -> bool:
+    return os.path.exists(run.path("report.html")) if stage == "evaluation" else stages.is_done(run, stage)
+
+
+def keep_compiled_programs() -> None:
+    """JAX's persistent cache, unless the user has set one: a second run then starts in seconds."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "rlhf_jax", "compiled"))

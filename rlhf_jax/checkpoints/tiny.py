@@ -1,0 +1,60 @@
+"""A tiny Llama with random weights and a tokenizer trained on a handful of sentences, as a Hugging Face directory.
+
+For tests and quick runs that must not need a download. The same seed and corpus give the same files."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rlhf_jax.checkpoints import huggingface
+from rlhf_jax.models.llama import Llama, LlamaConfig
+
+
+def train_tokenizer(corpus: list[str], vocab_size: int):
+    """A byte-level BPE tokenizer: any text encodes, and decodes to itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|pad|>", "<|bos|>", "<|eos|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # sorted: the trainer numbers them in the order given
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=specials[0],
+        bos_token=specials[1],
+        eos_token=specials[2],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make(directory: str, corpus: list[str], *, seed: int = 0, vocab_size: int = 1024, width: int = 64) -> str:
+    """Write the model to `directory` unless it is there; returns the directory."""
+    if os.path.exists(os.path.join(directory, "config.json")):
+        return directory
+    tokenizer = train_tokenizer(corpus, vocab_size)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=width // 4,
+        max_position=256,
+        tie_embeddings=True,
+        initializer_range=0.05,
+        bos_id=tokenizer.bos_token_id,
+        eos_ids=(tokenizer.eos_token_id,),
+    )
+    ids = jnp.zeros((1, 1), jnp.int32)
+    params = nn.meta.unbox(jax.jit(Llama(config).init)(jax.random.key(seed), ids, ids)["params"])
+    huggingface.save_llama(directory, config, params, tokenizer)
+    return directory

@@ -1,0 +1,151 @@
+"""Tuned and untuned on the same prompts with the same random numbers: completions, rewards, gold, KL.
+
+Writes eval_results_untuned.jsonl, eval_results_tuned.jsonl (the files of Vertex's bulk inference) and
+evaluation.json. Knows nothing of how the policy was trained."""
+
+import json
+import os
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.batching import pad_prompts
+from rlhf_jax.losses.logprobs import fused_token_logprobs
+from rlhf_jax.models import roles
+from rlhf_jax.models.llama import unembedding
+from rlhf_jax.models.roles import Role
+from rlhf_jax.rewards import learned
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.types import GroupedBatch
+
+FILES = {"untuned": "eval_results_untuned.jsonl", "tuned": "eval_results_tuned.jsonl"}
+
+
+def completions_of(
+    model,
+    base,
+    role: Role,
+    prompts: list[list[int]],
+    *,
+    prompt_length: int,
+    batch_size: int,
+    sampling,
+    tokenizer,
+    put: Callable,
+    rng,
+    reward: tuple | None = None,  # (role, mean, std)
+    against: Role | None = None,  # the role to measure KL to
+    vocab_chunk: int = 8192,
+    check: Callable = lambda: None,  # called between batches
+) -> dict:
+    """{"texts": [N][G], "completion_length", "finished", "reward", "kl": [N, G] where asked}, prompts in order.
+
+    kl: sum over the completion of log p - log p_against at the sampling temperature, in nats; not for greedy.
+    """
+    G, rows = sampling.num_completions, []
+
+    @jax.jit
+    def measure(base, batch):
+        found = {}
+        if reward is not None:
+            found["reward"] = learned.score(model, base, reward[0], batch, sampling.eos_ids, *reward[1:])
+        if against is not None and sampling.temperature > 0:
+            states = roles.predicting_states(model, base, against, batch)
+            vocabulary = unembedding(against.params(base))
+            logprobs, _ = fused_token_logprobs(
+                states,
+                vocabulary,
+                batch.completion_ids,
+                chunk_size=vocab_chunk,
+                temperature=sampling.temperature,
+            )
+            found["kl"] = jnp.where(batch.completion_mask > 0, batch.old_logprobs - logprobs, 0.0).sum(-1)
+        return found
+
+    for start in range(0, len(prompts), batch_size):
+        check()
+        chosen = prompts[start : start + batch_size]
+        filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
+        ids, mask = put(pad_prompts(filled, prompt_length, sampling.pad_id))
+        key = jax.random.fold_in(rng, start)
+        made = generate(model, role.params(base), ids, mask, key, sampling, role.adapter)
+        batch = GroupedBatch(ids, mask, made.ids, made.mask, old_logprobs=made.logprobs)
+        found = jax.device_get(measure(base, batch)) | {
+            "completion_length": np.asarray(made.mask.sum(-1)),
+            "finished": np.asarray(made.finished),
+        }
+        texts = [
+            [tokenizer.decode(row[kept > 0].tolist()) for row, kept in zip(*group, strict=True)]
+            for group in zip(np.asarray(made.ids), np.asarray(made.mask), strict=True)
+        ]
+        rows.append((texts[: len(chosen)], {name: x[: len(chosen)] for name, x in found.items()}))
+    arrays = {name: np.concatenate([found[name] for _, found in rows]) for name in rows[0][1]}
+    texts = [group for texts, _ in rows for group in texts]
+    assert all(len(group) == G for group in texts)
+    return {"texts": texts, **arrays}
+
+
+def with_gold(found: dict, prompts: list[str], gold: Callable | None) -> dict:
+    """`found` with "gold_reward" [N, G] by a rule on text."""
+    if gold is None:
+        return found
+    flat = [text for group in found["texts"] for text in group]
+    repeated = [prompt for prompt, group in zip(prompts, found["texts"], strict=True) for _ in group]
+    scores = np.array(gold(repeated, flat), np.float64).reshape(len(prompts), -1)
+    return found | {"gold_reward": scores}
+
+
+def write(
+    workdir: str, prompts: list[str], untuned: dict, tuned: dict, *, gold_name: str, sampling: dict
+) -> dict:
+    """Write the three files, each whole or not at all; returns the summary."""
+    sides = {"untuned": untuned, "tuned": tuned}
+    for name, side in sides.items():
+        lines = [
+            json.dumps(
+                {
+                    "inputs": {"inputs_pretokenized": prompt, "targets_pretokenized": ""},
+                    "prediction": group[0],
+                },
+                ensure_ascii=False,
+            )
+            for prompt, group in zip(prompts, side["texts"], strict=True)
+        ]
+        _write(os.path.join(workdir, FILES[name]), "\n".join(lines) + "\n")
+    summary = {}
+    for name, side in sides.items():
+        for key in ("reward", "gold_reward", "kl", "completion_length", "finished"):
+            if key in side:
+                values = np.asarray(side[key], np.float64)
+                summary[f"{name}/{key}"] = float(values.mean())
+                # Completions of one prompt are not independent: the error is over prompts.
+                summary[f"{name}/{key}_stderr"] = float(
+                    values.mean(1).std(ddof=1) / max(len(values), 2) ** 0.5
+                )
+    evaluation = {
+        "num_prompts": len(prompts),
+        "num_completions": len(untuned["texts"][0]),
+        "gold_name": gold_name,
+        "sampling": sampling,
+        "summary": summary,
+        "prompts": prompts,
+    }
+    for name, side in sides.items():
+        # Column by column: the first num_prompts entries are the completions of the side-by-side files.
+        arrays = {
+            key: np.asarray(x, np.float64).T.ravel().tolist() for key, x in side.items() if key != "texts"
+        }
+        texts = [group[g] for g in range(len(side["texts"][0])) for group in side["texts"]]
+        evaluation[name] = {"gold_reward": None, **arrays, "texts": texts}
+    _write(os.path.join(workdir, "evaluation.json"), json.dumps(evaluation, ensure_ascii=False))
+    return summary
+
+
+def _write(path: str, text: str) -> None:
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".new", path)

@@ -1,0 +1,192 @@
+"""LlamaConfig: every number that shapes the decoder, read from a Hugging Face config.json of either layout.
+
+Knows nothing of weights. An unsupported setting is an error that names it, never a silent difference."""
+
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+import jax.numpy as jnp
+
+from rlhf_jax.errors import InputError
+
+REMAT_POLICIES = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of the rotary frequencies. kind: "linear" or "llama3" (Llama 3.1, section "long context")."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape and numerics of a Llama-family decoder. Widths in units, lengths in tokens."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    dtype: Any = jnp.float32  # of the computation; reductions (norms, softmax) stay float32
+    remat: str = "none"  # what the backward pass recomputes: none, dots (all but matmuls) or full (all of a layer)
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}."
+            )
+        if self.head_dim % 2:
+            raise InputError(f"head_dim is {self.head_dim}; rotary positions need an even number.")
+        if self.remat not in REMAT_POLICIES:
+            raise InputError(f"remat is {self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}.")
+
+    @classmethod
+    def from_huggingface(cls, path_or_dict, **overrides) -> "LlamaConfig":
+        """From a checkpoint directory, a config.json, or its parsed dict; `overrides` replace fields (dtype, remat).
+
+        Reads the layout of the hub (`rope_theta`, `rope_scaling`) and that of transformers 5 (`rope_parameters`).
+        Raises: InputError naming the file and the setting that is missing or not supported.
+        """
+        source, raw = _read(path_or_dict)
+        fields = _shape(raw, source) | {"rope_theta": _rope(raw)[0], "rope_scaling": _scaling(raw, source)}
+        return cls(**(fields | overrides))
+
+    def to_huggingface(self) -> dict:
+        """The config.json of this shape, in the hub's layout, which transformers 4 and 5 both read."""
+        scaling = None
+        if self.rope_scaling is not None:
+            s = self.rope_scaling
+            scaling = {"rope_type": s.kind, "factor": s.factor}
+            if s.kind == "llama3":
+                scaling |= {
+                    "low_freq_factor": s.low_freq_factor,
+                    "high_freq_factor": s.high_freq_factor,
+                    "original_max_position_embeddings": s.original_max_position,
+                }
+        eos = list(self.eos_ids) if len(self.eos_ids) != 1 else self.eos_ids[0]
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": scaling,
+            "tie_word_embeddings": self.tie_embeddings,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+            "initializer_range": self.initializer_range,
+            "bos_token_id": self.bos_id,
+            "eos_token_id": eos or None,
+        }
+
+
+def _read(path_or_dict):
+    if isinstance(path_or_dict, dict):
+        return "config", path_or_dict
+    path = os.fspath(path_or_dict)
+    path = os.path.join(path, "config.json") if os.path.isdir(path) else path
+    try:
+        with open(path, encoding="utf-8") as file:
+            raw = json.load(file)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; expected the config.json of a Llama-family checkpoint.") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a JSON object.")
+    return path, raw
+
+
+# Settings that would change the computation and that this decoder does not have. Absent or equal is fine.
+_FIXED = {"model_type": "llama", "hidden_act": "silu", "pretraining_tp": 1, "quantization_config": None}
+
+
+def _shape(raw, source):
+    for key, expected in _FIXED.items():
+        value = raw.get(key, expected)
+        if value != expected:
+            raise InputError(
+                f"{source}: {key} is {value!r}; only {expected!r} is supported. "
+                "This loader reads Llama-family checkpoints (Llama 2 and 3, TinyLlama, SmolLM2)."
+            )
+
+    def integer(key, default=None):
+        value = raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise InputError(f"{source}: {key} is {value!r}; expected a positive whole number.")
+        return value
+
+    heads, width = integer("num_attention_heads"), integer("hidden_size")
+    eos = raw.get("eos_token_id")
+    return {
+        "vocab_size": integer("vocab_size"),
+        "hidden_size": width,
+        "intermediate_size": integer("intermediate_size"),
+        "num_layers": integer("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": integer("num_key_value_heads", heads),
+        "head_dim": integer("head_dim", width // heads),
+        "max_position": integer("max_position_embeddings", 2048),
+        "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "attention_bias": bool(raw.get("attention_bias", False)),
+        "mlp_bias": bool(raw.get("mlp_bias", False)),
+        "initializer_range": float(raw.get("initializer_range", 0.02)),
+        "bos_id": raw.get("bos_token_id"),
+        "eos_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+    }
+
+
+def _rope(raw):
+    """(theta, the dict of scaling settings) from either layout."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", raw.get("rope_theta"))
+    return float(10000.0 if theta is None else theta), rope
+
+
+def _scaling(raw, source):
+    _, rope = _rope(raw)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise InputError(f"{source}: rope scaling {kind!r} is not supported; supported: default, linear, llama3.")
+    needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
+    for key in needed:
+        if not isinstance(rope.get(key), int | float) or not math.isfinite(rope[key]):
+            raise InputError(f"{source}: rope scaling {kind!r} needs a number for {key!r}, found {rope.get(key)!r}.")
+    if kind == "linear":
+        return RopeScaling("linear", float(rope["factor"]))
+    original = rope.get("original_max_position_embeddings", raw.get("original_max_position_embeddings", 8192))
+    return RopeScaling(
+        "llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(original)
+    )

@@ -1,0 +1,211 @@
+"""The Llama decoder in linen: scanned layers, rematerialised by policy, on a group of completions at a time.
+
+Params: embed/embedding [V, D]; layers/{attention_norm,mlp_norm}/scale [L, D]; layers/attention/{q,k,v,o}_proj and
+layers/mlp/{gate,up,down}_proj kernels [L, *in, *out] (and biases [L, *out]); final_norm/scale [D]; lm_head/kernel
+[D, V] unless tied. Touvron et al. 2023, arXiv:2307.09288. Logical axis names only; knows no mesh, loss or file."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models import attention
+from rlhf_jax.models.attention import DecodeContext, GroupContext
+from rlhf_jax.models.config import LlamaConfig
+from rlhf_jax.models.lora import AXES, Adapter, shapes
+
+
+class RMSNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", init, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return _last(scale, x) * wide.astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """x W (+ b) (+ x A B): one named linear map of the layer, its adapter beside it."""
+
+    config: LlamaConfig
+    target: str
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x, adapter):
+        inputs, outputs = shapes(self.config)[self.target]
+        names_in, names_out = AXES[self.target]
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.config.initializer_range), names_in + names_out)
+        y = _contract(x, self.param("kernel", init, inputs + outputs), len(inputs))
+        if self.bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, names_out)
+            y = y + _last(self.param("bias", init, outputs), y)
+        if adapter is not None and self.target in adapter:
+            a, b = adapter[self.target]["a"], adapter[self.target]["b"]
+            y = y + _contract(_contract(x, a, len(inputs)), b, 1)
+        return y
+
+
+class Attention(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, cache, layer, rotary, context):
+        c = self.config
+        project = {n: Projection(c, f"{n}_proj", c.attention_bias, name=f"{n}_proj") for n in "qkvo"}
+        q, k, v = (project[n](x, layer["adapter"]) for n in "qkv")
+        q, k = attention.rotate(q, rotary), attention.rotate(k, rotary)
+        if isinstance(context, DecodeContext):
+            cache, out = _decode(q, k, v, cache, layer, context)
+            made = None
+        else:
+            out = attention.group_attention(q, k, v, context)
+            # Only a prefill keeps these; elsewhere they are dead and the compiler drops them.
+            made = tuple(y.swapaxes(1, 2) for y in (k, v))
+        return project["o"](out, layer["adapter"]), cache, made
+
+
+class Mlp(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, adapter):
+        gate, up, down = (
+            Projection(self.config, f"{n}_proj", self.config.mlp_bias, name=f"{n}_proj") for n in ("gate", "up", "down")
+        )
+        return down(nn.silu(gate(x, adapter)) * up(x, adapter), adapter)
+
+
+class Block(nn.Module):
+    """One layer. carry: (x, completion caches of all layers); layer: what this layer alone reads; keep: static."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, carry, layer, rotary, context):
+        c = self.config
+        x, cache = carry
+        y, cache, made = Attention(c, name="attention")(
+            RMSNorm(c.rms_norm_eps, name="attention_norm")(x), cache, layer, rotary, context
+        )
+        x = x + y
+        x = x + Mlp(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x), layer["adapter"])
+        return (nn.with_logical_constraint(x, ("batch", "tokens", "width")), cache), made
+
+
+class Llama(nn.Module):
+    """`apply({"params": params}, token_ids [B, T], attention_mask [B, T], adapters=None) -> logits [B, T, V]`.
+
+    Padding may stand on either side; positions count real tokens. `method=Llama.group` (and prefill, decode, logits)
+    are the parts that training and sampling use.
+    """
+
+    config: LlamaConfig
+
+    def setup(self):
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
+        self.embed = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=init, dtype=c.dtype)
+        block = Block
+        if c.remat != "none":
+            saveable = {
+                "full": jax.checkpoint_policies.nothing_saveable,
+                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            }[c.remat]
+            block = nn.remat(Block, prevent_cse=False, policy=saveable)
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.final_norm = RMSNorm(c.rms_norm_eps)
+        if not c.tie_embeddings:
+            init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
+            self.lm_head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=init, dtype=c.dtype)
+
+    def __call__(self, token_ids, attention_mask, adapters: Adapter | None = None):
+        return self.logits(self.hidden(token_ids, attention_mask, adapters)).astype(jnp.float32)
+
+    def hidden(self, token_ids, attention_mask, adapters=None):
+        """[B, T, D] after the final norm."""
+        return self._run(token_ids, _positions(attention_mask), GroupContext(attention_mask), adapters)[0]
+
+    def group(self, prompt_ids, prompt_mask, completion_ids, completion_mask, adapters=None):
+        """(prompt [B, P, D], completions [B, G, R, D]) after the final norm; each prompt is computed once."""
+        B, G, R = completion_ids.shape
+        after = prompt_mask.sum(-1)[:, None] + jnp.tile(jnp.arange(R), G)[None]
+        positions = jnp.concatenate([_positions(prompt_mask), after.astype(jnp.int32)], axis=1)
+        ids = jnp.concatenate([prompt_ids, completion_ids.reshape(B, G * R)], axis=1)
+        x, _ = self._run(ids, positions, GroupContext(prompt_mask, completion_mask), adapters)
+        P = prompt_ids.shape[1]
+        return x[:, :P], x[:, P:].reshape(B, G, R, -1)
+
+    def prefill(self, prompt_ids, prompt_mask, adapters=None):
+        """(hidden [B, P, D], prompt cache: keys and values [L, B, K, P, C])."""
+        return self._run(prompt_ids, _positions(prompt_mask), GroupContext(prompt_mask), adapters)
+
+    def decode(self, token_ids, prompt_mask, step, prompt_cache, cache, adapters=None):
+        """The `step`-th completion tokens [B, G] -> (hidden [B, G, D], cache [L, B, G, K, R, C] with them in it)."""
+        positions = (prompt_mask.sum(-1)[:, None] + step) + jnp.zeros_like(token_ids)
+        return self._run(
+            token_ids, positions, DecodeContext(prompt_mask, step), adapters, cache=cache, prompt_cache=prompt_cache
+        )
+
+    def logits(self, hidden):
+        return self.embed.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+
+    def _run(self, ids, positions, context, adapters, cache=None, prompt_cache=None):
+        x = nn.with_logical_constraint(self.embed(ids), ("batch", "tokens", "width"))
+        layer = {
+            "adapter": None if adapters is None else adapters.scaled(),
+            "prompt_cache": prompt_cache,
+            "index": jnp.arange(self.config.num_layers) if cache is not None else None,
+        }
+        rotary = attention.rotary_tables(positions, self.config)
+        (x, cache), made = self.layers((x, cache), layer, rotary, context)
+        return self.final_norm(x), made if cache is None else cache
+
+
+def unembedding(params: dict) -> jax.Array:
+    """[D, V]: the head's kernel, or the transposed embedding where they are tied."""
+    return params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"].T
+
+
+def empty_cache(config: LlamaConfig, B: int, G: int, R: int):
+    """Keys and values [L, B, G, K, R, C] for G completions of up to R tokens."""
+    shape = (config.num_layers, B, G, config.num_kv_heads, R, config.head_dim)
+    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+
+
+def _decode(q, k, v, cache, layer, context):
+    # The caches of all layers travel in the carry and are written at [layer, :, :, :, step]: in place. As scanned
+    # inputs and outputs they would be copied whole for every token.
+    at = layer["index"]
+    keys, values = (
+        jax.lax.dynamic_update_slice(
+            whole, new[None, :, :, :, None].astype(whole.dtype), (at, 0, 0, 0, context.step, 0)
+        )
+        for whole, new in zip(cache, (k, v), strict=True)
+    )
+    own = (jax.lax.dynamic_index_in_dim(whole, at, keepdims=False) for whole in (keys, values))
+    return (keys, values), attention.decode_attention(q, *layer["prompt_cache"], *own, context)
+
+
+def _last(weights, x):
+    """Weights of x's last axes, in x's dtype and with x's rank, so that they broadcast explicitly."""
+    return weights.astype(x.dtype).reshape((1,) * (x.ndim - weights.ndim) + weights.shape)
+
+
+def _positions(mask):
+    return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0).astype(jnp.int32)
+
+
+def _contract(x, kernel, n):
+    """The last n axes of x with the first n of the kernel, in x's dtype."""
+    kernel = kernel.astype(x.dtype)
+    return jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))

@@ -1,0 +1,83 @@
+"""Roles: what one frozen base does with an optional adapter and an optional head.
+
+The reference is the empty role; a policy, a value or a reward is an adapter, a head, or both; full fine-tuning is a
+role with weights of its own. Returns hidden states, values and scores; what they are worth is for losses to say."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models import heads
+from rlhf_jax.models.llama import Llama
+from rlhf_jax.models.lora import Adapter
+from rlhf_jax.types import GroupedBatch
+
+
+@flax.struct.dataclass
+class Role:
+    adapter: Adapter | None = None
+    head: dict | None = None  # {"kernel": [D], "bias": []}
+    base: dict | None = None  # weights of its own; None reads the run's frozen base
+
+    def params(self, frozen_base: dict) -> dict:
+        return frozen_base if self.base is None else self.base
+
+
+def states(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
+    """[B, G, R + 1, D]: entry t is the state after t completion tokens, so it predicts completion token t."""
+    prompt, completions = model.apply(
+        {"params": role.params(frozen_base)},
+        batch.prompt_ids,
+        batch.prompt_mask,
+        batch.completion_ids,
+        batch.completion_mask,
+        role.adapter,
+        method=Llama.group,
+    )
+    first = last_state(prompt, batch.prompt_mask)[:, None, None]
+    B, G, _, D = completions.shape
+    return jnp.concatenate([jnp.broadcast_to(first, (B, G, 1, D)), completions], axis=2)
+
+
+def predicting_states(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
+    """[B, G, R, D]: the states that predict each completion token. Nothing reads the last token's own state."""
+    shorter = batch.replace(
+        completion_ids=batch.completion_ids[..., :-1], completion_mask=batch.completion_mask[..., :-1]
+    )
+    return states(model, frozen_base, role, shorter)
+
+
+def scores(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
+    """[B, G] float32: the head at the last real completion token (at the prompt's, if there is none)."""
+    hidden = states(model, frozen_base, role, batch)
+    length = batch.completion_mask.sum(-1)
+    at_end = jnp.take_along_axis(hidden, length[:, :, None, None], axis=2)[:, :, 0]
+    return heads.apply(role.head, at_end)
+
+
+def last_state(hidden_BPD, mask_BP):
+    """[B, D] at the last real token, wherever the padding stands."""
+    P = mask_BP.shape[1]
+    last = P - 1 - jnp.argmax(mask_BP[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden_BPD, last[:, None, None], axis=1)[:, 0]
+
+
+def end_with(batch: GroupedBatch, eos_id: int, eos_ids: tuple[int, ...]) -> GroupedBatch:
+    """The batch with every completion ended by an end token, as reward models are trained to read it: [B, G, R + 1].
+
+    A completion that ended by itself keeps its own end token; one that was cut gets `eos_id` after its last token.
+    """
+    B, G, R = batch.completion_ids.shape
+    length = batch.completion_mask.sum(-1, dtype=jnp.int32)
+    last = jnp.take_along_axis(batch.completion_ids, jnp.maximum(length - 1, 0)[..., None], axis=-1)[..., 0]
+    ended = jnp.any(last[..., None] == jnp.array(eos_ids, jnp.int32)[None, None], axis=-1) & (length > 0)
+    slot = jnp.arange(R + 1, dtype=jnp.int32)[None, None]
+    ids = jnp.pad(batch.completion_ids, ((0, 0), (0, 0), (0, 1)))
+    ids = jnp.where((slot == length[..., None]) & ~ended[..., None], eos_id, ids)
+    mask = (slot < (length + ~ended)[..., None]).astype(batch.completion_mask.dtype)
+    return GroupedBatch(batch.prompt_ids, batch.prompt_mask, ids, mask, batch.weights)
+
+
+def count(tree) -> int:
+    """Number of trained values."""
+    return sum(x.size for x in jax.tree.leaves(tree))

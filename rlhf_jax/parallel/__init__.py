@@ -1,0 +1,4 @@
+"""The only place that names mesh axes, hosts or topologies.
+
+Lives here: the mesh, the table of rules from logical names to mesh axes, placement of weights and batches.
+May import models and types. Never computes a loss or reads a user's file."""

@@ -1,0 +1,124 @@
+"""Which mesh axis each logical name is laid on, and the shardings of weights, adapters, optimizer state and batches.
+
+One table, RULES. A name that is not in it is refused: linen would replicate it in silence."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import heads, lora
+from rlhf_jax.models.config import LlamaConfig
+from rlhf_jax.models.llama import Llama
+from rlhf_jax.models.roles import Role
+
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),  # of weights
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("width", None),  # of activations
+    ("tokens", None),
+    ("head_size", None),
+    ("layers", None),
+    ("rank", None),
+    ("norm", None),
+)
+
+
+def spec(names, shape, mesh: Mesh, where: str = "") -> PartitionSpec:
+    """The partition of an array whose axes have these logical names.
+
+    Raises: InputError for a name without a rule, or a size that its mesh axes do not divide. Key/value heads fewer
+      than the tensor axis are replicated instead, as every grouped-query model needs.
+    """
+    table, parts = dict(RULES), []
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in table:
+            raise InputError(f"{where}: logical axis {name!r} has no rule in RULES.")
+        axes = table.get(name)
+        ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
+        if size % ways:
+            if name != "kv_heads":
+                raise InputError(f"{where}: axis {name!r} of size {size} cannot be split {ways} ways over {axes}.")
+            axes = None
+        parts.append(axes)
+    return PartitionSpec(*parts)
+
+
+def named(names_tree, shapes_tree, mesh: Mesh):
+    """NamedShardings for a tree of logical names and a tree of arrays (or shapes) of the same structure."""
+
+    def one(path, names, array):
+        return NamedSharding(mesh, spec(names, array.shape, mesh, jax.tree_util.keystr(path)))
+
+    return jax.tree_util.tree_map_with_path(one, names_tree, shapes_tree, is_leaf=_is_names)
+
+
+def llama_abstract(config: LlamaConfig, dtype=jnp.float32):
+    """(shapes, logical names) of the base's parameters, nothing allocated."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    boxed = jax.eval_shape(Llama(config).init, jax.random.key(0), ids, ids)["params"]
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.meta.unbox(boxed))
+    names = jax.tree.map(lambda x: tuple(nn.get_partition_spec(x)), boxed, is_leaf=_is_boxed)
+    return shapes, names
+
+
+def llama_shardings(config: LlamaConfig, mesh: Mesh):
+    """NamedShardings of the base's parameters."""
+    shapes, names = llama_abstract(config)
+    return named(names, shapes, mesh)
+
+
+def role_shardings(role: Role, config: LlamaConfig, mesh: Mesh) -> Role:
+    """NamedShardings of a role: adapters split as the kernels they stand beside."""
+    adapter = None if role.adapter is None else named(lora.logical_axes(role.adapter), role.adapter, mesh)
+    head = None if role.head is None else named(heads.logical_axes(role.head), role.head, mesh)
+    return Role(adapter, head, None if role.base is None else llama_shardings(config, mesh))
+
+
+def optimizer_shardings(optimizer: optax.GradientTransformation, trained, shardings, mesh: Mesh):
+    """Moments lie as the parameters they belong to; counters are replicated."""
+    state = jax.eval_shape(optimizer.init, trained)
+    return optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_batch(batch, mesh: Mesh):
+    """Host arrays [B, ...] of a batch onto the mesh, split over B."""
+    axes = dict(RULES)["batch"]
+    ways = math.prod(mesh.shape[a] for a in axes)
+
+    def put(x):
+        if x.shape[0] % ways:
+            raise InputError(
+                f"a batch of {x.shape[0]} rows cannot be split over {ways} devices (mesh axes {axes}); "
+                "make the batch size a multiple of them."
+            )
+        return jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec(axes)))
+
+    return jax.tree.map(put, batch)
+
+
+def _is_names(x):
+    return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
+
+
+def _is_boxed(x):
+    return isinstance(x, nn.meta.AxisMetadata)

@@ -1,0 +1,66 @@
+"""Values of a config, checked before anything is compiled: ranges, choices and pairs that contradict each other.
+
+Keys and types are the parser's business; here it is what the numbers mean."""
+
+from rlhf_jax.errors import InputError
+
+POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_minibatches", "rollout_epochs", "rank",
+            "alpha", "prompt_tokens", "completion_tokens", "num_pairs", "num_completions", "save_every_steps",
+            "log_every_steps", "samples_every_steps", "coin_scale", "reward_reference_batches", "keep_latest", "eps",
+            "clip_epsilon", "value_clip", "kl_horizon", "max_kl")  # fmt: skip
+NOT_NEGATIVE = ("kl_coeff", "kl_target", "temperature", "top_k", "warmup_steps", "weight_decay", "clip_norm",
+                "value_coeff", "entropy_coeff", "reward_clip", "dual_clip", "center_coeff", "eval_every_steps",
+                "held_out_prompts", "held_out_pairs", "vocab_chunk", "min_new_tokens", "num_samples",
+                "keep_best")  # fmt: skip
+FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p")
+CHOICES = {
+    "schedule": ("linear", "cosine", "constant"),
+    "train": ("lora", "full"),
+    "value": ("shared", "own"),
+    "kl_kind": ("k1", "k2", "k3"),
+    "missing_eos_rule": ("none", "penalty", "replace"),
+    "loss": ("logsigmoid", "logexp"),
+    "remat": ("none", "dots", "full"),
+    "prompt_overflow": ("truncate_left", "error", "drop"),
+    "dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16", "float16"),
+}
+TRAINING_STAGES = ("sft", "reward_model", "ppo")
+
+
+def check_config(config, known_stages) -> None:
+    """Raises: InputError naming the key, its value and what is expected. config: ConfigDict."""
+    _check_values("config", config)
+    unknown = [stage for stage in config.stages if stage not in known_stages]
+    if unknown or not config.stages:
+        raise InputError(f"config.stages is {tuple(config.stages)}; expected some of {', '.join(known_stages)}.")
+    for name in TRAINING_STAGES:
+        if name in config.stages:
+            _check_stage(name, config[name])
+    if config.data.preferences and "preferences" in config.stages:
+        raise InputError("config.data.preferences is given and config.stages has 'preferences'; leave one of them out.")
+
+
+def _check_values(where, section):
+    for name, value in section.items():
+        key = f"{where}.{name}"
+        if hasattr(value, "items"):
+            _check_values(key, value)
+        elif name in CHOICES and value not in CHOICES[name]:
+            raise InputError(f"{key} is {value!r}; expected one of {', '.join(CHOICES[name])}.")
+        elif name in POSITIVE and not value > 0:
+            raise InputError(f"{key} is {value!r}; expected a number above 0.")
+        elif name in NOT_NEGATIVE and not value >= 0:
+            raise InputError(f"{key} is {value!r}; expected 0 or more.")
+        elif name in FRACTION and not 0 <= value <= 1:
+            raise InputError(f"{key} is {value!r}; expected a number between 0 and 1.")
+
+
+def _check_stage(name, section):
+    minibatches = section.num_minibatches if "num_minibatches" in section else 1
+    pieces = minibatches * section.num_microbatches
+    if section.batch_size % pieces:
+        raise InputError(
+            f"config.{name}.batch_size {section.batch_size} cannot be cut into {minibatches} minibatches of "
+            f"{section.num_microbatches} microbatches; make it a multiple of {pieces}."
+        )

@@ -1,0 +1,99 @@
+"""Training on fixed groups (SFT, reward models): records to batches, one update a step, a held-out pass.
+
+Knows no algorithm: it reads the table. What comes out of the loop is left in roles/STAGE."""
+
+import functools
+
+import jax
+import numpy as np
+
+from rlhf_jax.data import batching
+from rlhf_jax.models import roles
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.training import state as states
+from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training.loop import StepOutput, train
+from rlhf_jax.training.run import Run, announce, optimizer_of, resumable, settings_of
+from rlhf_jax.training.update import make_update
+
+
+def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict):
+    """Train on (prompt ids, completions' ids) groups. Returns held-out scores [N, G], if a reward is trained."""
+    section, algorithm = run.config[name], ALGORITHMS[name]
+    network, settings = run.network(), settings_of(name, section)
+    objective = functools.partial(algorithm.objective, settings, network)
+    lengths = longest([*records, *held_out])
+    data = resumable(run, records, section.batch_size, lengths)
+    group = functools.partial(
+        batching.group, prompt_length=lengths[0], completion_length=lengths[1], pad_id=run.tokenizer.pad_id
+    )
+    optimizer, schedule = optimizer_of(section, section.steps)
+    update = jax.jit(
+        make_update(objective, optimizer, num_microbatches=section.num_microbatches), donate_argnums=0
+    )
+
+    def step(state, position):
+        chosen = [records[i] for i in data.indices(position)]
+        batch = group([prompt for prompt, _ in chosen], [completions for _, completions in chosen])
+        state, metrics = update(state, frozen, run.put(batch))
+        tokens = float(batch.prompt_mask.sum() + batch.completion_mask.sum())
+        return state, StepOutput(metrics | {"tokens": tokens, "learning_rate": schedule(position)})
+
+    @jax.jit
+    def measure(trained, frozen, batch):
+        loss, (weight, metrics) = objective(trained, frozen, {}, batch, jax.random.key(0))
+        scores = None
+        if "reward" in trained:
+            scores = roles.scores(network.model, frozen["base"], trained["reward"], batch)
+        return weight, {"loss": loss} | metrics, scores
+
+    def held_out_pass(state):
+        parts = []
+        for i in range(0, len(held_out), section.batch_size):
+            chosen = held_out[i : i + section.batch_size]
+            batch = group([prompt for prompt, _ in chosen], [c for _, c in chosen], fill_to=section.batch_size)
+            parts.append(jax.device_get(measure(state.trained, frozen, run.put(batch))))
+        return parts
+
+    def evaluate(state):
+        parts = held_out_pass(state)
+        total = sum(float(weight) for weight, _, _ in parts)
+        names = parts[0][1] if parts else ()
+        return {n: sum(float(weight * metrics[n]) for weight, metrics, _ in parts) / max(total, 1) for n in names}
+
+    with meshes.activate(run.mesh):
+        state = states.create(trained, optimizer, run.rng(name), {}, run.model.config, run.mesh)
+        announce(run, name, trained, f"{len(records)} records, {section.batch_size} a step")
+        state = train(
+            name,
+            state,
+            step,
+            total_steps=section.steps,
+            workdir=run.workdir,
+            fingerprint=data.fingerprint,
+            logging=run.logging(name),
+            console=run.console,
+            stop=run.stop,
+            evaluate=evaluate,
+            eval_every_steps=section.eval_every_steps,
+            best_metric="eval/accuracy" if name == "reward_model" else None,
+        )
+        scores = [part[2] for part in held_out_pass(state)] if "reward" in trained else []
+    (role,) = (state.trained[n] for n in algorithm.trains)
+    run.save_role(name, role, {"step": int(state.step)})
+    return np.concatenate(scores)[: len(held_out)] if scores else None
+
+
+def encode_groups(run: Run, groups) -> list[tuple[list[int], list[list[int]]]]:
+    """(prompt, completions as text) -> (prompt ids, ids of each completion, ended by an end token)."""
+    data, encoded = run.config.data, []
+    for prompt, completions in groups:
+        ids = run.tokenizer.encode_prompt(prompt, data.prompt_tokens, overflow=data.prompt_overflow)
+        if ids is not None:
+            encoded.append((ids, [run.tokenizer.encode_completion(c, data.completion_tokens + 1) for c in completions]))
+    return encoded
+
+
+def longest(records) -> tuple[int, int]:
+    """(longest prompt, longest completion) in tokens: the shape of every batch of these records."""
+    return max(len(prompt) for prompt, _ in records), max(len(c) for _, group in records for c in group)

@@ -1,0 +1,117 @@
+"""Training on the policy's own samples (PPO and relatives): one step is rollout, rewards, targets, update.
+
+Knows no algorithm: it reads the table. Nothing here waits for the device; samples are read one step late."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models import heads, roles
+from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.rewards import rules
+from rlhf_jax.training import rollout
+from rlhf_jax.training import state as states
+from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training.loop import StepOutput, train
+from rlhf_jax.training.run import Run, announce, optimizer_of, resumable, settings_of
+from rlhf_jax.training.update import make_update
+
+
+def online(run: Run, name: str) -> None:
+    """Sample, score, prepare, update: one step is one rollout."""
+    section, sampling_config = run.config[name], run.sampling(run.config[name].num_completions)
+    algorithm, settings = ALGORITHMS[name], settings_of(name, section)
+    network = run.network(run.config.sampling.temperature)
+    reward, _, _ = run.load_role("reward_model")
+    rng, base = run.rng(name), run.base
+    trained = {"policy": run.new_role(rng, section.train, base)}
+    if "value" in algorithm.trains:
+        trained["value"] = Role(head=heads.init_value(run.model.config.hidden_size))
+        if section.value == "own":
+            own = run.new_role(jax.random.fold_in(rng, 1), section.train, base)
+            trained["value"] = trained["value"].replace(adapter=own.adapter, base=own.base)
+    frozen = {"base": base, "reward": reward}
+    prompts = run.encoded_prompts["train"]
+    data = resumable(run, [[ids] for _, ids in prompts], section.batch_size, (run.prompt_length,))
+    gold = rules.RULES[run.config.gold] if run.config.gold else None
+
+    updates_a_step = section.rollout_epochs * section.num_minibatches
+    optimizer, schedule = optimizer_of(section, section.steps * updates_a_step)
+    update = jax.jit(
+        make_update(
+            functools.partial(algorithm.objective, settings, network),
+            optimizer,
+            epochs=section.rollout_epochs,
+            num_minibatches=section.num_minibatches,
+            num_microbatches=section.num_microbatches,
+        ),
+        donate_argnums=0,
+    )
+    scorer = rollout.make_scorer(network, run.eos_ids)
+    prepare = rollout.make_prepare(algorithm, settings, network)
+    values_of = jax.jit(
+        lambda base, role, batch: heads.apply(
+            role.head, roles.predicting_states(network.model, base, role, batch)
+        )
+    )
+
+    def batch_of(ids):
+        return run.put(rollout.prompt_batch(ids, run.prompt_length, run.tokenizer.pad_id))
+
+    def step(state, position):
+        indices = data.indices(position)
+        ids = batch_of([prompts[i][1] for i in indices])
+        key = jax.random.fold_in(jax.random.fold_in(rng, 2), position)
+        shared = "value" in state.trained and section.value == "shared"
+        head = state.trained["value"].head if shared else None
+        batch = rollout.sample(network, base, state.trained["policy"], ids, key, sampling_config, head)
+        if "value" in state.trained and not shared:
+            batch = batch.replace(old_values=values_of(base, state.trained["value"], batch))
+        controllers = state.controllers
+        scores = scorer(base, reward, batch, controllers["reward_mean"], controllers["reward_std"])
+        batch, metrics = prepare(frozen, controllers, batch.replace(scores=scores))
+        state, update_metrics = update(state, frozen, batch)
+        metrics |= update_metrics | {"learning_rate": schedule(position * updates_a_step)}
+        if algorithm.control is not None:
+            controllers = algorithm.control(settings, state.controllers, metrics, batch.weights.size)
+            state = state.replace(controllers=controllers)
+
+        def finish():
+            texts = rollout.texts(run.tokenizer, batch)
+            return rollout.sample_rows([prompts[i][0].text for i in indices], texts, batch, gold)
+
+        return state, StepOutput(metrics, finish)
+
+    def start(state):
+        """Rewards get mean 0 and deviation 1 on samples of the reference."""
+        batches = [batch_of([prompts[i][1] for i in data.indices(n)]) for n in range(section.reward_reference_batches)]
+        key = jax.random.fold_in(rng, 3)
+        found = rollout.reward_statistics(network, base, reward, batches, key, sampling_config, scorer)
+        run.console.note(
+            f"{name}: raw reward of the reference {found['reward_mean']:.3f} +- {found['reward_std']:.3f}; "
+            "rewards below are normalised by these"
+        )
+        changed = {k: jax.device_put(jnp.float32(v), state.controllers[k].sharding) for k, v in found.items()}
+        return state.replace(controllers=state.controllers | changed)
+
+    controllers = {"kl_coeff": section.kl_coeff, "reward_mean": 0.0, "reward_std": 1.0}
+    with meshes.activate(run.mesh):
+        state = states.create(trained, optimizer, rng, controllers, run.model.config, run.mesh)
+        announce(run, name, trained, f"{section.batch_size} prompts x {section.num_completions} completions a step")
+        state = train(
+            name,
+            state,
+            step,
+            total_steps=section.steps,
+            workdir=run.workdir,
+            fingerprint=data.fingerprint,
+            logging=run.logging(name),
+            console=run.console,
+            stop=run.stop,
+            start=start,
+            best_metric="reward",
+        )
+    meta = {k: float(v) for k, v in state.controllers.items()} | {"step": int(state.step)}
+    run.save_role(name, state.trained["policy"], meta)

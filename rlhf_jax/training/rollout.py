@@ -1,0 +1,102 @@
+"""Prompts -> completions -> rewards -> advantages: one GroupedBatch ready for the update.
+
+Knows no loss. What runs on the device is dispatched without waiting; reading it is the caller's, one step later."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.batching import pad_prompts
+from rlhf_jax.losses.masking import masked_mean
+from rlhf_jax.models.roles import Role
+from rlhf_jax.rewards import learned
+from rlhf_jax.sampling.generate import generate
+from rlhf_jax.training.algorithms import Network
+from rlhf_jax.types import GroupedBatch
+
+
+def prompt_batch(prompt_ids: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Host arrays [B, P] of ids and mask."""
+    return pad_prompts(prompt_ids, length, pad_id)
+
+
+def sample(network: Network, base: dict, policy: Role, prompts, rng, sampling, head=None) -> GroupedBatch:
+    """Completions of `prompts` (ids and mask [B, P], on the mesh) from a role, with their log-probabilities."""
+    ids, mask = prompts
+    made = generate(network.model, policy.params(base), ids, mask, rng, sampling, policy.adapter, head)
+    return GroupedBatch(
+        prompt_ids=ids,
+        prompt_mask=mask,
+        completion_ids=made.ids,
+        completion_mask=made.mask,
+        weights=jnp.ones(made.finished.shape, jnp.float32),
+        finished=made.finished,
+        old_logprobs=made.logprobs,
+        old_values=made.values,
+    )
+
+
+def make_scorer(network: Network, eos_ids: tuple[int, ...]):
+    """Jitted (base, reward role, batch, mean, std) -> [B, G] normalised learned reward."""
+
+    @jax.jit
+    def scorer(base, role, batch, mean, std):
+        return learned.score(network.model, base, role, batch, eos_ids, mean, std)
+
+    return scorer
+
+
+def make_prepare(algorithm, settings, network: Network):
+    """Jitted (frozen, controllers, batch with scores) -> (batch with targets, metrics).
+
+    A completion whose reward is not finite is taken out of every loss and statistic, and counted.
+    """
+
+    @jax.jit
+    def prepare(frozen, controllers, batch):
+        finite = jnp.isfinite(batch.scores)
+        lost = 1.0 - masked_mean(finite.astype(jnp.float32), batch.weights)
+        batch = batch.replace(scores=jnp.where(finite, batch.scores, 0.0), weights=batch.weights * finite)
+        batch, metrics = algorithm.prepare(settings, network, frozen, controllers, batch)
+        return batch, metrics | {"invalid_reward_fraction": lost}
+
+    return prepare
+
+
+def texts(tokenizer, batch: GroupedBatch) -> list[list[str]]:
+    """Decoded completions [B][G], without end tokens. Waits for the device."""
+    ids, mask = jax.device_get((batch.completion_ids, batch.completion_mask))
+    return [
+        [tokenizer.decode([i for i, kept in zip(*pair, strict=True) if kept]) for pair in zip(*row, strict=True)]
+        for row in zip(ids.tolist(), mask.tolist(), strict=True)
+    ]
+
+
+def sample_rows(prompts: list[str], completions: list[list[str]], batch: GroupedBatch, gold) -> tuple[dict, list[dict]]:
+    """(host metrics, one row a prompt: its first completion with reward, gold reward and KL)."""
+    fields = {"reward": batch.scores}
+    if batch.ref_logprobs is not None:
+        log_ratio = batch.old_logprobs - batch.ref_logprobs
+        fields["kl"] = jnp.where(batch.completion_mask > 0, log_ratio, 0.0).sum(-1)
+    fields = jax.device_get(fields)
+    metrics = {}
+    if gold is not None:
+        flat = [completion for row in completions for completion in row]
+        repeated = [prompt for prompt, row in zip(prompts, completions, strict=True) for _ in row]
+        fields["gold_reward"] = np.array(gold(repeated, flat)).reshape(fields["reward"].shape)
+        metrics["gold_reward"] = float(fields["gold_reward"].mean())
+    rows = [
+        {"prompt": prompt, "completion": completions[b][0]} | {name: float(x[b, 0]) for name, x in fields.items()}
+        for b, prompt in enumerate(prompts)
+    ]
+    return metrics, rows
+
+
+def reward_statistics(network: Network, base, reward: Role, prompt_batches, rng, sampling, scorer) -> dict:
+    """Mean and deviation of the raw reward over samples of the reference (the empty role)."""
+    draw = functools.partial(sample, network, base, Role(), sampling=sampling)
+    batches = [draw(prompts, jax.random.fold_in(rng, i)) for i, prompts in enumerate(prompt_batches)]
+    scores = np.concatenate([np.asarray(scorer(base, reward, b, 0.0, 1.0)).ravel() for b in batches])
+    return {"reward_mean": float(scores.mean()), "reward_std": float(max(scores.std(), 1e-6))}

@@ -1,0 +1,234 @@
+"""Run: what the stages of one workdir share - config, mesh, tokenizer, frozen base, prompts, and where roles lie.
+
+With stages.py the only place in the package that reads the config object. Everything is made on first use, so a run
+that is already done loads nothing."""
+
+import dataclasses
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.checkpoints import gguf, huggingface, roles as role_files, tiny
+from rlhf_jax.data import batching, formats, sources, tiny_corpus
+from rlhf_jax.data.tokenization import load_tokenizer
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import lora, roles
+from rlhf_jax.models.llama import Llama, LlamaConfig
+from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import mesh as meshes, sharding
+from rlhf_jax.sampling.generate import SamplingConfig
+from rlhf_jax.training.algorithms import ALGORITHMS, Network
+from rlhf_jax.training.loop import Logging
+from rlhf_jax.training.optimizer import make_optimizer, make_schedule
+
+SALTS = {"sft": 1, "preferences": 2, "reward_model": 3, "ppo": 4, "evaluation": 5}  # of the random streams
+
+
+class Run:
+    def __init__(self, config, workdir: str, console, stop):
+        self.config, self.workdir, self.console, self.stop = config, os.path.abspath(workdir), console, stop
+
+    # Where things are
+
+    def path(self, *parts: str) -> str:
+        return os.path.join(self.workdir, *parts)
+
+    def role_path(self, name: str) -> str:
+        return self.path("roles", name)
+
+    def has_role(self, name: str) -> bool:
+        return role_files.exists(self.role_path(name))
+
+    @functools.cached_property
+    def model_path(self) -> str:
+        """The Hugging Face directory or id of the base; the two built-in models are made on first use."""
+        if self.config.model.path == "tiny":
+            corpus = [opening + text for opening, text in self.tiny_corpus]
+            return tiny.make(self.path("base"), corpus, seed=self.config.seed)
+        if self.config.model.path == "smollm2":
+            return gguf.embedded_model()
+        return self.config.model.path
+
+    @functools.cached_property
+    def tiny_corpus(self):
+        openings = [row.fields["input_text"] for row in sources.openings()]
+        return tiny_corpus.continuations(openings, seed=self.config.seed)
+
+    # The model
+
+    @functools.cached_property
+    def mesh(self):
+        return meshes.make_mesh(**self.config.mesh.to_dict())
+
+    @functools.cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.model_path)
+
+    @functools.cached_property
+    def _loaded(self):
+        section = self.config.model
+        config, params = huggingface.load_llama(self.model_path, dtype=jnp.dtype(section.param_dtype), mesh=self.mesh)
+        self.tokenizer.check_vocabulary(config.vocab_size)
+        longest = self.config.data.prompt_tokens + self.config.data.completion_tokens + 1
+        if longest > config.max_position:
+            raise InputError(
+                f"config.data.prompt_tokens {self.config.data.prompt_tokens} + completion_tokens "
+                f"{self.config.data.completion_tokens} + 1 is more than the model's context of {config.max_position}."
+            )
+        return config, params
+
+    @functools.cached_property
+    def model(self) -> Llama:
+        config, section = self._loaded[0], self.config.model
+        fields = dict(vars(config)) | {"dtype": jnp.dtype(section.dtype), "remat": section.remat}
+        return Llama(LlamaConfig(**fields))
+
+    @property
+    def raw_base(self) -> dict:
+        """The base as loaded."""
+        return self._loaded[1]
+
+    @functools.cached_property
+    def base(self) -> dict:
+        """The frozen base of reward model and RL: as loaded, or with the run's supervised fine-tuning in it."""
+        if not self.has_role("sft"):
+            return self.raw_base
+        role, settings, _ = self.load_role("sft")
+        if role.base is not None:
+            return role.base
+        with meshes.activate(self.mesh):
+            return jax.jit(lora.merge, static_argnums=2)(self.raw_base, role.adapter, settings)
+
+    def load_role(self, name: str):
+        """(role on the mesh, LoRA settings, meta)."""
+        dtype = jnp.dtype(self.config.model.param_dtype)
+        role, settings, meta = role_files.load_role(self.role_path(name), self.model.config, dtype)
+        return jax.device_put(role, sharding.role_shardings(role, self.model.config, self.mesh)), settings, meta
+
+    def save_role(self, name: str, role: Role, meta: dict) -> None:
+        settings = self.lora if role.adapter is not None else None
+        role_files.save_role(
+            self.role_path(name), role, self.model.config, settings, self.tokenizer.tokenizer, meta
+        )
+
+    @property
+    def lora(self) -> lora.LoraConfig:
+        section = self.config.lora
+        named = {"all": lora.ATTENTION + lora.MLP, "attention": lora.ATTENTION}
+        targets = named.get(section.targets, tuple(name.strip() for name in section.targets.split(",")))
+        return lora.LoraConfig(section.rank, section.alpha, targets, section.rslora)
+
+    def new_role(self, rng, train: str, base: dict, head: dict | None = None) -> Role:
+        """A fresh role: an adapter, or (train="full") weights of its own in float32, which start as the base's."""
+        if train == "full":
+            return Role(head=head, base=jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base))
+        return Role(adapter=lora.init(rng, self.model.config, self.lora), head=head)
+
+    def network(self, temperature: float = 1.0) -> Network:
+        return Network(self.model, self.config.model.vocab_chunk, temperature or 1.0)
+
+    def sampling(self, num_completions: int, temperature: float | None = None) -> SamplingConfig:
+        section = self.config.sampling
+        return SamplingConfig(
+            max_new_tokens=self.config.data.completion_tokens,
+            temperature=section.temperature if temperature is None else temperature,
+            top_k=section.top_k,
+            top_p=section.top_p,
+            num_completions=num_completions,
+            eos_ids=self.eos_ids,
+            min_new_tokens=section.min_new_tokens,
+            pad_id=self.tokenizer.pad_id,
+            vocab_size=len(self.tokenizer.tokenizer),
+        )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return self.tokenizer.eos_ids
+
+    # Data
+
+    def rng(self, stage: str):
+        """The stage's key: every draw is fold_in(key, step), so nothing random has to be saved."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), SALTS[stage])
+
+    @functools.cached_property
+    def prompt_sets(self) -> dict:
+        """{"train": prompts, "held_out": prompts}: formats.Prompt each; held out from the end unless given."""
+        data = self.config.data
+        read = functools.partial(
+            formats.prompts, instruction=data.instruction, max_bad_records=data.max_bad_records
+        )
+        train = read(sources.read_rows(data.prompts) if data.prompts else sources.openings())
+        if data.eval_prompts:
+            return {"train": train, "held_out": read(sources.read_rows(data.eval_prompts))}
+        cut = len(train) - held_out(len(train), data.held_out_prompts)
+        return {"train": train[:cut], "held_out": train[cut:]}
+
+    def encode_prompts(self, prompts) -> list[tuple[object, list[int]]]:
+        """(prompt, ids) of each prompt that fits by the config's rule."""
+        data = self.config.data
+        encoded = [
+            (prompt, self.tokenizer.encode_prompt(prompt.text, data.prompt_tokens, overflow=data.prompt_overflow))
+            for prompt in prompts
+        ]
+        return [(prompt, ids) for prompt, ids in encoded if ids is not None]
+
+    @functools.cached_property
+    def encoded_prompts(self) -> dict:
+        return {name: self.encode_prompts(prompts) for name, prompts in self.prompt_sets.items()}
+
+    @functools.cached_property
+    def prompt_length(self) -> int:
+        """P of every prompt batch: the longest prompt there is, so that short ones do not pay for the limit."""
+        return max(len(ids) for encoded in self.encoded_prompts.values() for _, ids in encoded)
+
+    def logging(self, stage: str) -> Logging:
+        section = self.config.logging
+        names = ("log_every_steps", "save_every_steps", "samples_every_steps", "num_samples", "keep_latest", "keep_best")
+        return Logging(**{name: section[name] for name in names}, tags=section.tags[stage].to_dict())
+
+    def put(self, batch):
+        return sharding.put_batch(batch, self.mesh)
+
+
+def held_out(available: int, wanted: int) -> int:
+    """How many records to keep for evaluation: as many as asked, at most a fifth of them."""
+    return min(wanted, available // 5)
+
+
+def resumable(run: Run, records, batch_size: int, lengths: tuple[int, ...]) -> batching.ResumableData:
+    """Records in an order that depends on the seed alone, with a fingerprint of all that decides it."""
+    return batching.ResumableData(
+        records,
+        seed=run.config.seed,
+        batch_size=batch_size,
+        lengths=lengths,
+        tokenizer_fingerprint=run.tokenizer.fingerprint,
+    )
+
+
+def settings_of(name: str, section):
+    """The algorithm's settings, each field from the key of the same name."""
+    kind = ALGORITHMS[name].settings
+    return kind(**{field.name: section[field.name] for field in dataclasses.fields(kind)})
+
+
+def optimizer_of(section, total_updates: int):
+    """(optimizer, its learning rate by update)."""
+    fields = section.optimizer.to_dict()
+    schedule = make_schedule(
+        fields.pop("schedule"), fields.pop("learning_rate"), fields.pop("warmup_steps"), total_updates
+    )
+    return make_optimizer(schedule, **fields), schedule
+
+
+def announce(run: Run, stage: str, trained: dict, what: str) -> None:
+    """What is about to run, before the first compilation."""
+    config = run.model.config
+    run.console.note(
+        f"{stage}: {what}; {roles.count(run.raw_base) / 1e6:.1f}M base values ({config.num_layers} layers, "
+        f"width {config.hidden_size}), {roles.count(trained) / 1e6:.2f}M trained; "
+        f"mesh {dict(run.mesh.shape)} on {jax.devices()[0].platform}; the first step compiles"
+    )

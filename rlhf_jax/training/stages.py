@@ -1,0 +1,76 @@
+"""The stages: sft, preferences, reward_model, ppo. Each leaves what later ones need and is skipped when that is there.
+
+Here a stage picks its data and its roles; offline.py and online.py turn those into steps for the one loop."""
+
+from collections.abc import Callable
+
+import jax
+
+from rlhf_jax.data import formats, sources
+from rlhf_jax.errors import InputError
+from rlhf_jax.models import heads
+from rlhf_jax.training import preferences
+from rlhf_jax.training.offline import encode_groups, offline
+from rlhf_jax.training.online import online
+from rlhf_jax.training.run import Run, held_out
+
+
+def sft(run: Run) -> None:
+    """Completion-only cross-entropy; later stages take the result as their base."""
+    section, data = run.config.sft, run.config.data
+    if data.sft:
+        examples = formats.examples(
+            sources.read_rows(data.sft), instruction=data.instruction, max_bad_records=data.max_bad_records
+        )
+        pairs = [(example.prompt, example.completion) for example in examples]
+    elif run.config.model.path == "tiny":
+        pairs = run.tiny_corpus
+    else:
+        raise InputError("config.data.sft is empty; give rows with input_text and output_text (JSONL, hub id, ...).")
+    records = encode_groups(run, [(prompt, (completion,)) for prompt, completion in pairs])
+    trained = {"policy": run.new_role(run.rng("sft"), section.train, run.raw_base)}
+    offline(run, "sft", records, [], trained, {"base": None if section.train == "full" else run.raw_base})
+
+
+def reward_model(run: Run, evaluator: Callable | None = None) -> None:
+    """Pairwise reward model. evaluator: (run, pairs, held-out pairs, scores of those) -> None, called at the end."""
+    section = run.config.reward_model
+    train, test = preference_pairs(run)
+    groups = lambda pairs: encode_groups(run, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
+    rng = run.rng("reward_model")
+    head = heads.init_reward(jax.random.fold_in(rng, 1), run.model.config.hidden_size)
+    trained = {"reward": run.new_role(rng, section.train, run.base, head)}
+    scores = offline(run, "reward_model", groups(train), groups(test), trained, {"base": run.base})
+    if evaluator is not None and test:
+        evaluator(run, train, test, scores)
+
+
+def preference_pairs(run: Run):
+    """(training pairs, held-out pairs) of the config's data, or of the stage `preferences`."""
+    data = run.config.data
+    read = lambda spec: formats.pairs(
+        sources.read_rows(spec), instruction=data.instruction, max_bad_records=data.max_bad_records
+    )
+    if not data.preferences:
+        files = {name: run.path(file) for name, file in preferences.FILES.items()}
+        # Already with the instruction in front: these prompts were sampled from.
+        return tuple(formats.pairs(sources.read_rows(files[name])) for name in ("train", "held_out"))
+    pairs = read(data.preferences)
+    if data.eval_preferences:
+        return pairs, read(data.eval_preferences)
+    cut = len(pairs) - held_out(len(pairs), data.held_out_pairs)
+    return pairs[:cut], pairs[cut:]
+
+
+def ppo(run: Run) -> None:
+    """PPO against the run's reward model."""
+    online(run, "ppo")
+
+
+STAGES = {"sft": sft, "preferences": preferences.make, "reward_model": reward_model, "ppo": ppo}
+
+
+def is_done(run: Run, stage: str) -> bool:
+    if stage == "preferences":
+        return all(sources.exists(run.path(file)) for file in preferences.FILES.values())
+    return run.has_role(stage)

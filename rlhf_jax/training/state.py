@@ -1,0 +1,39 @@
+"""TrainState: everything that changes while a stage trains, as one pytree. A checkpoint is this and a little JSON."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax.parallel import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    trained: dict  # {role: models.roles.Role}; what gradients and the optimizer see
+    opt_state: Any
+    step: jax.Array  # int32, finished steps of this stage
+    rng: jax.Array  # the stage's key; step n draws from fold_in(rng, n), so nothing random is carried
+    controllers: dict  # float32 scalars that adapt: kl_coeff, the normalisation of rewards, ...
+
+
+def create(trained: dict, optimizer: optax.GradientTransformation, rng, controllers: dict, config, mesh) -> TrainState:
+    """A fresh state, every array placed on the mesh. config: LlamaConfig."""
+    trained = jax.device_put(trained, trained_shardings(trained, config, mesh))
+    shardings = sharding.optimizer_shardings(optimizer, trained, trained_shardings(trained, config, mesh), mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
+    everywhere = sharding.replicated(mesh)
+    controllers = {name: jnp.asarray(value, jnp.float32) for name, value in controllers.items()}
+    step, rng, controllers = jax.device_put((jnp.int32(0), rng, controllers), everywhere)
+    return TrainState(trained, opt_state, step, rng, controllers)
+
+
+def trained_shardings(trained: dict, config, mesh) -> dict:
+    return {name: sharding.role_shardings(role, config, mesh) for name, role in trained.items()}
+
+
+def abstract(state: TrainState):
+    """Shapes, dtypes and shardings: what a checkpoint is restored into."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)

@@ -1,0 +1,99 @@
+"""What a workdir says about itself: config.json, environment.json, timing.json. A run of another config is refused."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import time
+
+from rlhf_jax.errors import InputError
+
+MAY_CHANGE = ("logging.", "evaluation.", "stages")  # keys that a resumed run may have otherwise than before
+PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def settle_config(config: dict, workdir: str) -> None:
+    """Write config.json, or compare with the one that is there.
+
+    Raises: InputError listing each key that differs, unless a resumed run may change it.
+    """
+    path = os.path.join(workdir, "config.json")
+    now = json.loads(json.dumps(config))  # tuples as lists, as they will be read back
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+        was, become = flat(before), flat(now)
+        differ = [
+            f"  {key}: was {was.get(key)!r}, is {become.get(key)!r}"
+            for key in sorted(was.keys() | become.keys())
+            if was.get(key) != become.get(key) and not key.startswith(MAY_CHANGE)
+        ]
+        if differ:
+            raise InputError(
+                f"{path}: this workdir was begun with another config:\n" + "\n".join(differ) + "\n"
+                "Use another --workdir, or the config it was begun with."
+            )
+    write_json(path, now)
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """{dotted key: value} of the leaves."""
+    leaves = {}
+    for name, value in tree.items():
+        leaves |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return leaves
+
+
+def write_environment(workdir: str, config: dict, command: str) -> None:
+    """environment.json: versions, devices, seed, the command to run again. No environment variables: they may hold
+    secrets."""
+    import jax
+
+    devices = jax.devices()
+    write_json(
+        os.path.join(workdir, "environment.json"),
+        {
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+            "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+            "cpu_count": os.cpu_count(),
+            "seed": config["seed"],
+            "command": command,
+            "config_sha256": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+        },
+    )
+
+
+@contextlib.contextmanager
+def phase(workdir: str, name: str):
+    """Adds the wall time of a phase to timing.json, also when it is interrupted; with the peak memory so far."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        path = os.path.join(workdir, "timing.json")
+        timing = {"phases": [], "peak_memory_bytes": 0}
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                timing = json.load(file)
+        seconds = dict(timing["phases"])
+        seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 2)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        timing = {"phases": list(seconds.items()), "peak_memory_bytes": max(peak, timing["peak_memory_bytes"])}
+        write_json(path, timing)
+
+
+def write_json(path: str, content) -> None:
+    """Whole or not at all."""
+    with open(path + ".new", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+    os.replace(path + ".new", path)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,36 @@
+"""The nouns that every room shares: a group of completions, and what a sampler returns.
+
+B prompts, G completions each, P prompt tokens, R completion tokens. Masks are 1 where the token counts; they are
+carried from where the lengths are known (tokenizer or sampler) and never re-derived from pad ids."""
+
+import flax.struct
+import jax
+
+
+@flax.struct.dataclass
+class GroupedBatch:
+    """B prompts with G completions each: the one batch type, for every algorithm."""
+
+    prompt_ids: jax.Array  # [B, P] int32, padded on the left
+    prompt_mask: jax.Array  # [B, P] int32
+    completion_ids: jax.Array  # [B, G, R] int32, padded on the right
+    completion_mask: jax.Array  # [B, G, R] int32
+    weights: jax.Array | None = None  # [B, G] float32; 0 takes a completion out of every loss and statistic
+    finished: jax.Array | None = None  # [B, G] bool, True where the sampler drew an end token
+    scores: jax.Array | None = None  # [B, G] float32, reward units; None until scored
+    old_logprobs: jax.Array | None = None  # [B, G, R] float32, nats, under the policy that sampled
+    ref_logprobs: jax.Array | None = None  # [B, G, R] float32, nats, under the reference
+    old_values: jax.Array | None = None  # [B, G, R] float32, reward units, when sampled
+    advantages: jax.Array | None = None  # [B, G, R] float32, reward units (whitened where the algorithm says)
+    returns: jax.Array | None = None  # [B, G, R] float32, reward units
+
+
+@flax.struct.dataclass
+class Completions:
+    """What the sampler returns. Ids after the end are pad; the mask covers the end token itself."""
+
+    ids: jax.Array  # [B, G, R] int32
+    mask: jax.Array  # [B, G, R] int32
+    logprobs: jax.Array  # [B, G, R] float32, nats at the sampling temperature, before any top-k or top-p filter
+    finished: jax.Array  # [B, G] bool, True where an end token was sampled
+    values: jax.Array | None = None  # [B, G, R] float32: a head read at the state that chose each token

@@ -1,0 +1,156 @@
+"""The grouped forward, the caches and the adapters against the plain forward of independent rows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import heads, lora, roles
+from rlhf_jax.models.llama import Llama, empty_cache
+from rlhf_jax.types import GroupedBatch
+
+B, G, P, R = 2, 3, 5, 4
+PROMPT_MASKS = {
+    "left": [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]],
+    "right": [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
+    "one token": [[0, 0, 0, 0, 1], [0, 1, 1, 1, 1]],
+}
+
+
+def make_batch(side, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    lengths = jnp.array([[4, 2, 1], [3, 0, 4]])
+    return GroupedBatch(
+        prompt_ids=jax.random.randint(keys[0], (B, P), 0, 64),
+        prompt_mask=jnp.array(PROMPT_MASKS[side]),
+        completion_ids=jax.random.randint(keys[1], (B, G, R), 0, 64),
+        completion_mask=(jnp.arange(R)[None, None] < lengths[..., None]).astype(jnp.int32),
+    )
+
+
+def make_adapter(config, scale=0.3):
+    adapter = lora.init(jax.random.key(5), config, lora.LoraConfig(rank=3, alpha=6.0))
+    leaves, tree = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(6), len(leaves))
+    noisy = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def independent_rows(model, params, batch, adapter):
+    """[B, G, P + R, D]: each row is its prompt followed by its completion, padding left in between."""
+    tile = lambda x: jnp.repeat(x[:, None], G, axis=1)
+    ids = jnp.concatenate([tile(batch.prompt_ids), batch.completion_ids], -1).reshape(B * G, P + R)
+    mask = jnp.concatenate([tile(batch.prompt_mask), batch.completion_mask], -1).reshape(B * G, P + R)
+    return model.apply({"params": params}, ids, mask, adapter, method=Llama.hidden).reshape(B, G, P + R, -1)
+
+
+@pytest.mark.parametrize("side", PROMPT_MASKS)
+def test_grouped_forward_equals_independent_rows(tiny_llama, side):
+    model, params = tiny_llama
+    batch, adapter = make_batch(side), make_adapter(model.config)
+    prompt, completions = model.apply(
+        {"params": params}, batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask, adapter,
+        method=Llama.group,
+    )  # fmt: skip
+    expected = independent_rows(model, params, batch, adapter)
+    real = np.array(batch.completion_mask, bool)
+    np.testing.assert_allclose(completions[real], expected[:, :, P:][real], atol=1e-5)
+    real = np.array(batch.prompt_mask, bool)
+    np.testing.assert_allclose(prompt[real], expected[:, 0, :P][real], atol=1e-5)
+
+
+def test_grouped_gradient_equals_independent_rows(tiny_llama):
+    """The gradient through the shared prompt is the sum over its completions."""
+    model, params = tiny_llama
+    batch, adapter = make_batch("left"), make_adapter(model.config)
+    probe = jax.random.normal(jax.random.key(9), (B, G, R, 32)) * batch.completion_mask[..., None]
+
+    def grouped(adapter):
+        states = roles.states(model, params, roles.Role(adapter), batch)
+        return jnp.sum(states[:, :, 1:] * probe)
+
+    def rows(adapter):
+        return jnp.sum(independent_rows(model, params, batch, adapter)[:, :, P:] * probe)
+
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), jax.grad(grouped)(adapter), jax.grad(rows)(adapter)
+    )  # fmt: skip
+
+
+def test_states_of_an_empty_completion_come_from_the_prompt(tiny_llama):
+    model, params = tiny_llama
+    batch = make_batch("left")
+    role = roles.Role(head=heads.init_reward(jax.random.key(1), 32))
+    score = roles.scores(model, params, role, batch)[1, 1]  # completion of length 0
+    hidden = model.apply({"params": params}, batch.prompt_ids, batch.prompt_mask, method=Llama.hidden)
+    np.testing.assert_allclose(score, heads.apply(role.head, hidden[1, -1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("side", PROMPT_MASKS)
+def test_decoding_with_caches_equals_the_grouped_forward(tiny_llama, side):
+    model, params = tiny_llama
+    batch, adapter = make_batch(side), make_adapter(model.config)
+    _, expected = model.apply(
+        {"params": params}, batch.prompt_ids, batch.prompt_mask, batch.completion_ids,
+        jnp.ones_like(batch.completion_mask), adapter, method=Llama.group,
+    )  # fmt: skip
+    apply = lambda *a, method: model.apply({"params": params}, *a, adapter, method=method)
+    _, prompt_cache = apply(batch.prompt_ids, batch.prompt_mask, method=Llama.prefill)
+    cache = empty_cache(model.config, B, G, R)
+    for t in range(R):
+        step = jnp.int32(t)
+        hidden, cache = apply(
+            batch.completion_ids[:, :, t], batch.prompt_mask, step, prompt_cache, cache, method=Llama.decode
+        )
+        np.testing.assert_allclose(hidden, expected[:, :, t], atol=2e-5)
+
+
+def test_merged_adapter_equals_adapter_beside(tiny_llama):
+    model, params = tiny_llama
+    adapter, settings = make_adapter(model.config, 0.1), lora.LoraConfig(rank=3, alpha=6.0)
+    ids = jax.random.randint(jax.random.key(3), (2, 7), 0, 64)
+    mask = jnp.ones_like(ids)
+    beside = model.apply({"params": params}, ids, mask, adapter)
+    merged = model.apply({"params": lora.merge(params, adapter, settings)}, ids, mask)
+    np.testing.assert_allclose(beside, merged, atol=1e-5)
+    assert float(jnp.abs(beside - model.apply({"params": params}, ids, mask)).max()) > 0.1
+
+
+def test_new_adapter_changes_nothing(tiny_llama):
+    model, params = tiny_llama
+    ids = jnp.arange(6)[None]
+    adapter = lora.init(jax.random.key(0), model.config, lora.LoraConfig(rank=2))
+    np.testing.assert_array_equal(
+        model.apply({"params": params}, ids, jnp.ones_like(ids), adapter),
+        model.apply({"params": params}, ids, jnp.ones_like(ids)),
+    )
+
+
+def test_rslora_and_patterns_set_the_scale():
+    plain, stable = lora.LoraConfig(rank=16, alpha=8.0), lora.LoraConfig(rank=16, alpha=8.0, rslora=True)
+    assert plain.scale_of("q_proj") == 0.5 and stable.scale_of("q_proj") == 2.0
+    patterned = lora.LoraConfig(rank=4, alpha=8.0, rank_pattern=(("v_proj", 2),), alpha_pattern=(("v_proj", 1.0),))
+    assert patterned.scale_of("q_proj") == 2.0 and patterned.scale_of("v_proj") == 0.5
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_gradient(tiny_llama, remat):
+    import dataclasses
+
+    model, params = tiny_llama
+    batch, adapter = make_batch("left"), make_adapter(model.config)
+    again = Llama(dataclasses.replace(model.config, remat=remat))
+    loss = lambda model: lambda adapter: jnp.square(roles.states(model, params, roles.Role(adapter), batch)).sum()
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3),
+        jax.grad(loss(model))(adapter), jax.grad(loss(again))(adapter),
+    )  # fmt: skip
+
+
+def test_end_with_appends_an_end_token_only_where_one_is_missing():
+    ids = jnp.array([[[5, 6, 2, 0], [5, 6, 7, 8], [0, 0, 0, 0]]])
+    mask = jnp.array([[[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]])
+    ended = roles.end_with(GroupedBatch(jnp.ones((1, 1), int), jnp.ones((1, 1), int), ids, mask), 2, (2, 3))
+    assert ended.completion_mask.tolist() == [[[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]]
+    real = np.where(np.array(ended.completion_mask) > 0, np.array(ended.completion_ids), -1)
+    assert real.tolist() == [[[5, 6, 2, -1, -1], [5, 6, 7, 8, 2], [2, -1, -1, -1, -1]]]
