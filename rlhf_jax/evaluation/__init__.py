@@ -9,6 +9,7 @@ import dataclasses
 import glob
 import json
 import os
+import warnings
 
 import numpy as np
 
@@ -61,6 +62,27 @@ class Run:
             return before[np.isfinite(before)], after[np.isfinite(after)]
         both = np.isfinite(before) & np.isfinite(after)
         return before[both], after[both]
+
+    def change(self, name):
+        """(mean before, mean after, change, its standard error), or None where a side is not known.
+
+        Values come prompt by prompt, once for each completion, so a column is a prompt. Completions of one
+        prompt are not independent: the error is over prompts. It is None where prompts cannot be paired."""
+        before, after = self.paired(name)
+        if not len(before) or not len(after):
+            return None
+        error = None
+        untuned, tuned = self.evaluated("untuned", name), self.evaluated("tuned", name)
+        if len(untuned) == len(tuned):
+            change = tuned - untuned
+            prompts = self.evaluation.get("num_prompts")
+            if isinstance(prompts, int) and 0 < prompts < len(change) and len(change) % prompts == 0:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", RuntimeWarning)  # a prompt without any score stays NaN
+                    change = np.nanmean(change.reshape(-1, prompts), axis=0)
+            change = change[np.isfinite(change)]
+            error = float(change.std(ddof=1) / np.sqrt(len(change))) if len(change) > 1 else None
+        return float(before.mean()), float(after.mean()), float(after.mean() - before.mean()), error
 
 
 def load_run(workdir):

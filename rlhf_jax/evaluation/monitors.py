@@ -135,14 +135,13 @@ def _gold_falls(run, stage, significance, peak_significance):
 
 
 def _gold_evaluated(run, significance):
-    (gold_before, gold_after), (before, after) = run.paired("gold_reward"), run.paired("reward")
-    if len(gold_before) < 8 or len(gold_before) != len(gold_after) or not len(before) or not len(after):
+    gold, reward = run.change("gold_reward"), run.change("reward")
+    count = min(len(values) for values in run.paired("gold_reward"))
+    if gold is None or reward is None or gold[3] is None or count < 8:
         return []
-    change = gold_after - gold_before
-    error = max(change.std(ddof=1) / np.sqrt(len(change)), 1e-9)
-    proxy = after.mean() - before.mean()
-    hacked = proxy > 0 and change.mean() < -significance * error
-    unclear = proxy > 0 and not hacked and change.mean() < significance * error
+    proxy, change, error = reward[2], gold[2], max(gold[3], 1e-9)
+    hacked = proxy > 0 and change < -significance * error
+    unclear = proxy > 0 and not hacked and change < significance * error
     end = (
         "More learned reward is worse text by the true measure."
         if hacked
@@ -156,8 +155,8 @@ def _gold_evaluated(run, significance):
         Finding(
             "Held-out prompts",
             _grade(hacked, unclear),
-            f"Learned reward changed by {proxy:+.3g} and true reward by {change.mean():+.3g} "
-            f"(± {1.96 * error:.2g}) on {len(change)} prompts. {end}",
+            f"Learned reward changed by {proxy:+.3g} and true reward by {change:+.3g} "
+            f"(± {1.96 * error:.2g}) on {count} completions. {end}",
         )
     ]
 

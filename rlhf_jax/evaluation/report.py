@@ -54,14 +54,12 @@ def _mean(values):
 
 
 def _change(run, name):
-    """(before, after, change, half width of its 95% interval) over the held-out prompts, or None."""
-    before, after = run.paired(name)
-    if not len(before) or not len(after):
+    """(before, after, change, half width of its 95% interval or None) over the held-out prompts, or None."""
+    change = run.change(name)
+    if change is None:
         return None
-    width = None
-    if len(before) == len(after) and len(before) > 1:  # paired, so the spread between prompts cancels
-        width = 1.96 * float((after - before).std(ddof=1)) / np.sqrt(len(before))
-    return float(before.mean()), float(after.mean()), float(after.mean() - before.mean()), width
+    before, after, difference, error = change
+    return before, after, difference, None if error is None else 1.96 * error
 
 
 def _verdict(run, findings):

@@ -292,6 +292,21 @@ def test_series_is_sorted_with_the_last_of_a_repeated_step_and_without_nulls(tmp
     np.testing.assert_array_equal(values, [5.0, 2.0, 1.0])
 
 
+def test_error_of_a_change_is_over_prompts_not_completions(tmp_path):
+    # Two completions of each of three prompts, first ones first. Changes by prompt: (1 + 3) / 2, 4, 6.
+    found = {
+        "num_prompts": 3,
+        "untuned": {"reward": [0.0] * 6},
+        "tuned": {"reward": [1.0, 4.0, 6.0, 3.0, 4.0, 6.0]},
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    assert load_run(tmp_path).change("reward") == pytest.approx((0.0, 4.0, 4.0, 2.0 / np.sqrt(3)))
+    found["tuned"]["reward"][0] = None  # its prompt is left with one score, 3
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    assert load_run(tmp_path).change("reward")[3] == pytest.approx(np.std([3, 4, 6], ddof=1) / np.sqrt(3))
+    assert load_run(tmp_path).change("gold_reward") is None
+
+
 def test_summary_png_is_a_picture(full):
     from PIL import Image
 

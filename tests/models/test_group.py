@@ -73,7 +73,7 @@ def test_grouped_gradient_equals_independent_rows(tiny_llama):
         return jnp.sum(independent_rows(model, params, batch, adapter)[:, :, P:] * probe)
 
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), jax.grad(grouped)(adapter), jax.grad(rows)(adapter)
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=5e-4), jax.grad(grouped)(adapter), jax.grad(rows)(adapter)
     )  # fmt: skip
 
 
