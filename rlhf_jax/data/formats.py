@@ -1,7 +1,7 @@
 """Rows to records: what the fields of a preference, prompt or example file mean.
 
 A format is recognised by its field names, file by file; each is one line of a table, so a new one is a
-function and a line. A record that does not fit is named with file, line and field. Knows nothing of tokens."""
+function and a line. A record that does not fit is named by file, line and field. Knows nothing of tokens."""
 
 import collections
 import dataclasses

@@ -1,8 +1,9 @@
 """Text to token ids and back, around a fast Hugging Face tokenizer.
 
-Two rules hold whatever the tokenizer: text from a user or a data set never becomes a special token, and the ids of a
-prompt followed by those of its completion are the ids of one text, no space lost or added between them.
-Knows nothing of models, batches or masks: masks come from lengths, so a pad id equal to an end id would harm nothing.
+Two rules hold whatever the tokenizer: text from a user or a data set never becomes a special token, and the
+ids of a prompt followed by those of its completion are the ids of one text, no space lost or added between
+them. Knows nothing of models, batches or masks: masks come from lengths, so a pad id equal to an end id
+harms nothing.
 """
 
 import collections
@@ -27,7 +28,7 @@ class TextTokenizer:
     eos_ids: tuple[int, ...]  # any of them ends a completion; the first is appended to training texts
     prefix_ids: tuple[int, ...]  # what the tokenizer puts before a text: (bos,) or nothing
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter, compare=False)
-    """truncated_prompts, dropped_prompts, truncated_completions: what the encode functions had to do so far."""
+    # truncated_prompts, dropped_prompts, truncated_completions: what the encode functions had to do so far.
 
     def encode_prompt(
         self, prompt: str | list[dict], max_tokens: int | None = None, overflow: str = "truncate_left"
@@ -35,8 +36,8 @@ class TextTokenizer:
         """Ids of a text, with BOS if this tokenizer adds one, or of messages through the chat template.
 
         Args:
-          prompt: text, or [{"role": ..., "content": ...}], which the template closes with the assistant's header.
-          max_tokens: None for no limit.
+          prompt: text, or [{"role": ..., "content": ...}], after which the template opens the assistant's
+          turn. max_tokens: None for no limit.
           overflow: what to do with a longer prompt: "truncate_left" keeps the BOS and the end, "error" raises
             InputError, "drop" returns None. `counts` says how often.
         """
@@ -52,8 +53,9 @@ class TextTokenizer:
             return ids
         if overflow == "error":
             raise InputError(
-                f"The prompt {_shown(prompt)} has {len(ids)} tokens, more than {max_tokens}. Shorten it, raise the "
-                'prompt length, or choose overflow "truncate_left" or "drop".'
+                f"The prompt {_shown(prompt)} has {len(ids)} tokens, more than {max_tokens}. Shorten it, "
+                "raise "
+                'the prompt length, or choose overflow "truncate_left" or "drop".'
             )
         if overflow == "drop":
             self.counts["dropped_prompts"] += 1
@@ -73,8 +75,9 @@ class TextTokenizer:
     ) -> list[int]:
         """Ids of a text that continues a prompt: no BOS, a leading space kept, none invented; then EOS.
 
-        A text longer than `max_tokens`, its EOS counted, is an InputError. With `allow_truncation` it is cut on the
-        right and has no EOS, since it does not end there, and `counts["truncated_completions"]` goes up.
+        A text longer than `max_tokens`, its EOS counted, is an InputError. With `allow_truncation` it is cut
+        on the right and has no EOS, since it does not end there, and `counts["truncated_completions"]` goes
+        up.
         """
         ids = self._plain(text, start=False)
         if add_eos:
@@ -83,8 +86,8 @@ class TextTokenizer:
             return ids
         if not allow_truncation:
             raise InputError(
-                f"The completion {_shown(text)} has {len(ids)} tokens, more than {max_tokens}. Shorten it, raise "
-                "the completion length, or allow truncation."
+                f"The completion {_shown(text)} has {len(ids)} tokens, more than {max_tokens}. Shorten it, "
+                "raise the completion length, or allow truncation."
             )
         self.counts["truncated_completions"] += 1
         return ids[:max_tokens]
@@ -94,8 +97,11 @@ class TextTokenizer:
         return self._backend(True).decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def decode_completion(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of ids that follow a prompt. `decode` would drop a leading space where the tokenizer marks words
-        by one (Llama 2); here an anchor before the ids keeps it."""
+        """The text of ids that follow a prompt, a leading space included.
+
+        `decode` takes the first space of a text for the tokenizer's own where words are marked by one (Llama
+        2).
+        """
         anchor = self._anchor
         return self.decode([*anchor, *ids], skip_special)[len(self.decode(anchor)) :]
 
@@ -112,12 +118,15 @@ class TextTokenizer:
         return max(self._backend(True).get_vocab(with_added_tokens=True).values()) + 1
 
     def check_vocabulary(self, model_vocab_size: int):
-        """Raises InputError if an id of this tokenizer has no row in the model's embedding. A larger embedding is
-        usual: its size is often rounded up."""
+        """Raises InputError if an id of this tokenizer has no row in the model's embedding.
+
+        A larger embedding is usual: its size is often rounded up.
+        """
         if self.vocabulary_size > model_vocab_size:
             raise InputError(
-                f"The tokenizer has {self.vocabulary_size} tokens, the model's embedding only {model_vocab_size} rows. "
-                "Use the tokenizer that belongs to this checkpoint."
+                f"The tokenizer has {self.vocabulary_size} tokens, the model's embedding only "
+                f"{model_vocab_size} "
+                "rows. Use the tokenizer that belongs to this checkpoint."
             )
 
     # --- how
@@ -133,7 +142,8 @@ class TextTokenizer:
         found = next((i for i in ids if i in self._special), None)
         if found is None:
             return ids
-        # Not an added token but an entry of the vocabulary proper (SentencePiece keeps "</s>" there): pull it apart.
+        # Not an added token but an entry of the vocabulary itself, where SentencePiece keeps "</s>": pull it
+        # apart.
         content = self._special[found]
         pieces = text.split(content)
         if len(pieces) == 1 or len(content) < 2:
@@ -148,11 +158,11 @@ class TextTokenizer:
     def _conversation(self, messages: list[dict]) -> list[int]:
         if self.tokenizer.chat_template is None:
             raise InputError(
-                "The prompt is a list of messages, but the tokenizer has no chat template. Use a model whose tokenizer "
-                "has one (an -Instruct or -chat model), or write each prompt as text."
+                "The prompt is a list of messages, but the tokenizer has no chat template. Use a model whose "
+                "tokenizer has one (an -Instruct or -chat model), or write each prompt as text."
             )
-        # Each special string in a message gives way to a private-use character while the template is filled in, so
-        # that those which the template writes are the only ones that the tokenizer sees as such.
+        # Each special string in a message gives way to a private-use character while the template is filled
+        # in, so that those which the template writes are the only ones that the tokenizer sees as such.
         contents = "".join(message["content"] for message in messages)
         stands_for = {}
         for content in sorted(self._special.values(), key=len, reverse=True):
@@ -181,7 +191,7 @@ class TextTokenizer:
 
     @functools.cached_property
     def _special(self) -> dict[int, str]:
-        """What user text must never become. The unknown token is not among them: it is what unknown text becomes."""
+        """What user text must never become. The unknown token may be: it is what unknown text becomes."""
         added = self._backend(True).get_added_tokens_decoder()
         special = {i: token.content for i, token in added.items() if token.special}
         special |= {i: self._backend(True).id_to_token(i) for i in (*self.eos_ids, *self.prefix_ids)}
@@ -229,6 +239,9 @@ def wrap(tokenizer, eos_ids: Sequence[int] = ()) -> TextTokenizer:
         raise InputError(
             "The tokenizer has no end-of-sequence token, so no completion could ever end. Name one."
         )
+    for i in eos_ids:
+        if tokenizer.backend_tokenizer.id_to_token(i) is None:
+            raise InputError(f"The end-of-sequence id {i} is not an id of the tokenizer.")
     encode = functools.partial(tokenizer.backend_tokenizer.encode, "a")
     whole, bare = encode(add_special_tokens=True).ids, encode(add_special_tokens=False).ids
     starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]

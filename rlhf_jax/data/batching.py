@@ -1,0 +1,223 @@
+"""Ids to padded arrays, and records in an order that any step can be asked for.
+
+Nothing here remembers where it is: a batch is a function of its position, so a resumed run needs one number
+and the assurance (a fingerprint) that the data behind it are the same. Knows nothing of text or files.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from rlhf_jax.errors import InputError
+from rlhf_jax.types import GroupedBatch
+
+# --- arrays
+
+
+def pad_prompts(
+    prompt_ids: Sequence[Sequence[int]], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """B lists of ids, padded on the left: (ids [B, length] int32, mask [B, length] int32)."""
+    ids = np.full((len(prompt_ids), length), pad_id, np.int32)
+    mask = np.zeros_like(ids)
+    for row, one in enumerate(prompt_ids):
+        _check_length("prompt", row, len(one), length)
+        if len(one):  # [length - 0:] would be the whole row
+            ids[row, length - len(one) :] = one
+            mask[row, length - len(one) :] = 1
+    return ids, mask
+
+
+def pad_completions(
+    completion_ids: Sequence[Sequence[Sequence[int]]], length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """B lists of G lists of ids, padded on the right: (ids [B, G, length] int32, mask [B, G, length]
+    int32)."""
+    sizes = sorted({len(of_prompt) for of_prompt in completion_ids})
+    if len(sizes) > 1:
+        raise InputError(f"Prompts of one batch have {sizes} completions; all need the same number.")
+    ids = np.full((len(completion_ids), *(sizes or [0]), length), pad_id, np.int32)
+    mask = np.zeros_like(ids)
+    for row, of_prompt in enumerate(completion_ids):
+        for column, one in enumerate(of_prompt):
+            _check_length("completion", row, len(one), length)
+            ids[row, column, : len(one)] = one
+            mask[row, column, : len(one)] = 1
+    return ids, mask
+
+
+def group(
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[Sequence[int]]],
+    *,
+    prompt_length: int,
+    completion_length: int,
+    pad_id: int,
+    batch_size: int | None = None,
+) -> GroupedBatch:
+    """A GroupedBatch of numpy arrays from B prompts with G completions each, all of weight 1.
+
+    With `batch_size`, rows of weight 0 and no completion token fill it up. Their prompt is the last one
+    again: a row without any token would have nothing to attend to.
+    """
+    if len(prompt_ids) != len(completion_ids):
+        raise InputError(f"{len(prompt_ids)} prompts, but completions for {len(completion_ids)}.")
+    rows, missing = len(prompt_ids), 0 if batch_size is None else batch_size - len(prompt_ids)
+    if rows == 0 or missing < 0:
+        raise InputError(f"{rows} prompts do not make a batch of {batch_size or 'any size'}.")
+    prompts, prompt_mask = pad_prompts([*prompt_ids, *[prompt_ids[-1]] * missing], prompt_length, pad_id)
+    nothing = [[]] * len(completion_ids[-1])
+    completions, mask = pad_completions([*completion_ids, *[nothing] * missing], completion_length, pad_id)
+    weights = np.ones(completions.shape[:2], np.float32)
+    weights[rows:] = 0.0
+    return GroupedBatch(prompts, prompt_mask, completions, mask, weights=weights)
+
+
+def bucket_length(n: int, buckets: Sequence[int]) -> int:
+    """The smallest of `buckets` that holds n tokens: few different lengths, so few compilations."""
+    fitting = [bucket for bucket in buckets if bucket >= n]
+    if not fitting:
+        raise InputError(f"{n} tokens do not fit the largest length, {max(buckets, default=0)}.")
+    return min(fitting)
+
+
+def _check_length(what: str, row: int, found: int, length: int):
+    if found > length:
+        raise InputError(
+            f"The {what} of row {row} has {found} tokens, more than {length}. Truncate it first."
+        )
+
+
+# --- order
+
+
+class ResumableData:
+    """Records shuffled anew each epoch, in batches that any position can be asked for.
+
+    The order is Grain's. Each epoch has every record once; a batch may hold the end of one epoch and the
+    beginning of the next, and so be larger than the data.
+    """
+
+    def __init__(
+        self,
+        records: Sequence,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        identity: dict | None = None,
+    ):
+        """
+        Args:
+          records: dataclasses, dicts, lists or arrays; read, never changed.
+          batch_size: of all hosts together.
+          seed: of the order.
+          shuffle: False keeps the order of `records`, in each epoch.
+          identity: what else must be the same when a run resumes, as JSON values: maximum lengths,
+            fingerprint of the tokenizer, chat template.
+        """
+        import grain
+
+        if len(records) == 0:
+            raise InputError("There are no records to make batches of.")
+        if type(batch_size) is not int or batch_size < 1:
+            raise InputError(f"batch_size is {batch_size!r}; expected a positive number of records.")
+        if type(seed) is not int or seed < 0:
+            raise InputError(f"The seed of the data is {seed!r}; expected a number from 0.")
+        self.records, self.batch_size = records, batch_size
+        # .seed() and not shuffle(seed=): that adds the epoch to the seed, so that seed 1 would begin with
+        # epoch 1 of seed 0.
+        order = grain.MapDataset.range(len(records)).seed(seed)
+        self._order = (order.shuffle() if shuffle else order).repeat()
+        self._identity = {"seed": seed, "shuffle": shuffle, **(identity or {})}
+
+    def batch(self, position: int) -> list:
+        """The records of one batch, a pure function of `position`, which counts batches from 0."""
+        start = position * self.batch_size
+        return [self.records[int(self._order[i])] for i in range(start, start + self.batch_size)]
+
+    def batches(self, position: int = 0) -> Iterator[list]:
+        """Every batch from `position` on, without end."""
+        while True:
+            yield self.batch(position)
+            position += 1
+
+    def epoch(self, position: int) -> float:
+        """How many times the data have been seen before the batch at `position`."""
+        return position * self.batch_size / len(self.records)
+
+    def fingerprint(self) -> dict:
+        """What decides every batch, as JSON values: save it with the position, compare with
+        `check_fingerprint`."""
+        hashes = [_digest(_content(record)) for record in self.records]
+        order = [int(self._order[i]) for i in range(min(len(hashes), 1000))]
+        return {
+            "num_records": len(hashes),
+            "first_record": hashes[0],
+            "last_record": hashes[-1],
+            "all_records": _digest(hashes),
+            "order": _digest(order),  # would show another way of shuffling in another version of Grain
+            "batch_size": self.batch_size,
+            **self._identity,
+        }
+
+
+def check_fingerprint(saved: dict, now: dict):
+    """Raises InputError that lists what differs between the data of a saved run and those of now."""
+    absent = "(none)"
+    differing = [
+        f"  {name}: saved {saved.get(name, absent)!r}, now {now.get(name, absent)!r}"
+        for name in dict.fromkeys([*saved, *now])
+        if saved.get(name, absent) != now.get(name, absent)
+    ]
+    if differing:
+        listed = "\n".join(differing)
+        raise InputError(
+            f"The data are not those that this run began with:\n{listed}\n"
+            "Going on would repeat some records and skip others. Restore the data and settings, or start "
+            "in another "
+            "workdir."
+        )
+
+
+def steps_for_epochs(num_records: int, epochs: float, batch_size: int) -> int:
+    """Steps that see each of `num_records` records `epochs` times: rounded up once, at the end."""
+    # Not ceil(records / batch) * epochs: batches go on across the end of an epoch.
+    return int(np.ceil(num_records * epochs / batch_size))
+
+
+def host_slice(batch_size: int, process_index: int, process_count: int) -> slice:
+    """The rows of a global batch that belong to one of the hosts."""
+    if not 0 <= process_index < process_count:
+        raise InputError(f"Host {process_index} is not one of {process_count}.")
+    if batch_size % process_count:
+        raise InputError(
+            f"A batch of {batch_size} cannot be split evenly among {process_count} hosts; change batch_size."
+        )
+    share = batch_size // process_count
+    return slice(process_index * share, (process_index + 1) * share)
+
+
+def split_for_host(batch: Sequence, process_index: int, process_count: int) -> Sequence:
+    """One host's share of a global batch. Since every host derives it from the same global batch, the number
+    of hosts may change between two parts of a run."""
+    return batch[host_slice(len(batch), process_index, process_count)]
+
+
+def _content(record):
+    """A record as JSON values. Where it was found (`row`) is left out: a file may move."""
+    if dataclasses.is_dataclass(record):
+        names = [field.name for field in dataclasses.fields(record) if field.name != "row"]
+        return {name: _content(getattr(record, name)) for name in names}
+    if isinstance(record, dict):
+        return {str(name): _content(value) for name, value in record.items()}
+    if isinstance(record, (list, tuple)):
+        return [_content(value) for value in record]
+    return record.tolist() if hasattr(record, "tolist") else record
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
