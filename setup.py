@@ -30,6 +30,7 @@ setup(
         "matplotlib>=3.9",
         "tensorboardX>=2.6.4",
         "vaderSentiment>=3.3.2",
+        "importlib_resources",  # tensorflow-datasets prepares data with it and does not ask for it
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],

@@ -18,7 +18,9 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         remat="full",  # what the backward pass recomputes: none, dots (all but matmuls), full (all of a layer)
         vocab_chunk=8192,  # vocabulary entries of logits at a time; 0: all at once
     )
-    config.lora = dict(rank=16, alpha=32.0, targets="all", rslora=False)  # all, attention, or names with commas
+    config.lora = dict(
+        rank=16, alpha=32.0, targets="all", rslora=False
+    )  # all, attention, or names with commas
     config.mesh = dict(data=1, fsdp=-1, tensor=1)  # their product is the number of devices; -1: the rest
     config.data = dict(
         prompts="",  # JSONL path or glob, hub id, tfds:name; empty: the packaged openings
@@ -154,8 +156,9 @@ def _tpu(config, path, *, fsdp, tensor):
     config.sft.update(steps=1000, batch_size=64)
     config.reward_model.update(steps=1000, batch_size=64)
     config.reward_model.optimizer.update(learning_rate=1e-4, warmup_steps=30)
-    config.ppo.update(steps=1000, batch_size=64, num_completions=1, rollout_epochs=4, num_minibatches=1,
-                      num_microbatches=2)
+    config.ppo.update(
+        steps=1000, batch_size=64, num_completions=1, rollout_epochs=4, num_minibatches=1, num_microbatches=2
+    )
     config.ppo.optimizer.update(learning_rate=1e-4, warmup_steps=30)
     config.evaluation.update(batch_size=64, num_completions=1)
     config.logging.update(log_every_steps=10, save_every_steps=100, samples_every_steps=50)

@@ -8,5 +8,7 @@ from configs import common
 
 def get_config(size="tiny"):
     config = common.get_config(size)
-    config.stages = ("sft", "preferences", "reward_model") if size == "tiny" else ("preferences", "reward_model")
+    config.stages = (
+        ("sft", "preferences", "reward_model") if size == "tiny" else ("preferences", "reward_model")
+    )
     return config

@@ -3,9 +3,8 @@
 Names, defaults and limits are that pipeline's; batch size 64 and the constant learning rates (reward model 1e-4,
 reinforcement 5e-4, each times its multiplier) are what it fixes inside."""
 
-import math
-
 from configs import pipeline
+from rlhf_jax.data.batching import steps_for_epochs
 
 BATCH_SIZE = 64
 SIZES = {"llama-2-7b": "llama2_7b", "llama-2-13b": "llama2_13b",
@@ -26,9 +25,9 @@ DEFAULTS = {
 CLOUD_ONLY = ("model_display_name", "tensorboard_resource_id", "deploy_model", "project", "location")
 
 
-def steps_from_epochs(num_examples: int, epochs: float, batch_size: int = BATCH_SIZE) -> int:
-    """Steps that show every example `epochs` times: ceil(examples * epochs / batch), rounded once at the end."""
-    return math.ceil(num_examples * epochs / batch_size)
+def steps_from_epochs(num_examples: int, epochs: float) -> int:
+    """Steps that show every example `epochs` times at the pipeline's batch size, rounded up once at the end."""
+    return steps_for_epochs(num_examples, epochs, BATCH_SIZE)
 
 
 def get_config(parameters: dict):

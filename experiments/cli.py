@@ -34,7 +34,9 @@ def parse(made: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Name
     while words:
         word = words.pop(0)
         if not word.startswith("--config."):
-            raise InputError(f"'{word}' is not a flag of this command; overrides look like --config.KEY=VALUE.")
+            raise InputError(
+                f"'{word}' is not a flag of this command; overrides look like --config.KEY=VALUE."
+            )
         if "=" not in word:
             if not words or words[0].startswith("--"):
                 raise InputError(f"'{word}' has no value; write {word}=VALUE.")
@@ -47,7 +49,9 @@ def load_config(spec: str, overrides: list[str]):
     """The config of FILE.py[:SIZE] with overrides, locked. Raises InputError naming file, key or value."""
     path, _, argument = spec.partition(":")
     if not os.path.isfile(path):
-        raise InputError(f"--config: {path} does not exist (expected a Python file with get_config, then :SIZE).")
+        raise InputError(
+            f"--config: {path} does not exist (expected a Python file with get_config, then :SIZE)."
+        )
     module_spec = importlib.util.spec_from_file_location("rlhf_jax_config", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -65,7 +69,13 @@ def load_saved(workdir: str, overrides: list[str]):
     path = os.path.join(workdir, "config.json")
     if not os.path.isfile(path):
         raise InputError(f"{path} does not exist; --workdir is the directory of a run that was started.")
-    tuples = lambda x: {k: tuples(v) for k, v in x.items()} if isinstance(x, dict) else tuple(x) if isinstance(x, list) else x
+    tuples = lambda x: (
+        {k: tuples(v) for k, v in x.items()}
+        if isinstance(x, dict)
+        else tuple(x)
+        if isinstance(x, list)
+        else x
+    )
     with open(path, encoding="utf-8") as file:
         return override(config_dict.ConfigDict(tuples(json.load(file))), overrides)
 
@@ -79,7 +89,9 @@ def override(config, overrides: list[str]):
         for i, name in enumerate([*path, leaf]):
             if not hasattr(node, "keys") or name not in node:
                 known = [".".join([*path[:i], other]) for other in node] if hasattr(node, "keys") else []
-                near = difflib.get_close_matches(key, known, 1) or difflib.get_close_matches(key, flat(config), 1)
+                near = difflib.get_close_matches(key, known, 1) or difflib.get_close_matches(
+                    key, flat(config), 1
+                )
                 hint = f"did you mean {near[0]}?" if near else f"keys here: {', '.join(known) or 'none'}."
                 raise InputError(f"--config.{key}: no such key; {hint}")
             if i < len(path):

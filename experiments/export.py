@@ -30,7 +30,9 @@ def command(argv):
     role, settings, _ = run.load_role(stage)
     base = run.raw_base if stage == "sft" else run.base
     if role.base is None and not flags.merge:
-        peft.save_adapter(flags.output, role.adapter, settings, base_model_name=base_directory(run, flags.output))
+        peft.save_adapter(
+            flags.output, role.adapter, settings, base_model_name=base_directory(run, flags.output)
+        )
         console.note(f"adapter of stage {stage} written to {flags.output}")
         return
     weights = role.base if role.base is not None else lora.merge(base, role.adapter, settings)

@@ -9,14 +9,16 @@ from experiments import cli
 
 def command(argv):
     parser = cli.parser(__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE.py[:SIZE]", help="e.g. configs/ppo.py:smollm2")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py[:SIZE]", help="e.g. configs/ppo.py:smollm2"
+    )
     parser.add_argument("--workdir", required=True, help="where everything of this run is kept")
     flags, overrides = cli.parse(parser, argv)
     config = cli.load_config(flags.config, overrides)
 
     from experiments import pipeline  # imports jax
 
-    pipeline.run(config, flags.workdir, shown=f"python -m experiments.run {' '.join(argv)}")
+    pipeline.run(config, flags.workdir, f"python -m experiments.run {' '.join(argv)}")
 
 
 if __name__ == "__main__":

@@ -40,10 +40,14 @@ def read_parameters(path: str) -> dict:
     for name in parameters:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            raise InputError(f"{path}: unknown parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else "."))
+            raise InputError(
+                f"{path}: unknown parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+            )
     for name in vertex.REQUIRED:
         if not isinstance(parameters.get(name), str) or not parameters[name]:
-            raise InputError(f"{path}: {name!r} is required, a non-empty string; found {parameters.get(name)!r}.")
+            raise InputError(
+                f"{path}: {name!r} is required, a non-empty string; found {parameters.get(name)!r}."
+            )
     for name, default in vertex.DEFAULTS.items():
         if name in parameters:
             _check(path, name, parameters[name], default)
@@ -59,7 +63,10 @@ def _check(path, name, value, default):
         fine, expected = isinstance(value, str), "a string"
     elif isinstance(default, int):
         limit = LIMITS.get(name, 10**9)
-        fine, expected = number and value == int(value) and 1 <= value <= limit, f"a whole number from 1 to {limit}"
+        fine, expected = (
+            number and value == int(value) and 1 <= value <= limit,
+            f"a whole number from 1 to {limit}",
+        )
     elif name == "kl_coeff":
         fine, expected = number and 0 <= value < float("inf"), "0 or more"
     else:

@@ -24,7 +24,9 @@ def exists(path: str) -> bool:
     return os.path.exists(os.path.join(path, META))
 
 
-def save_role(path: str, role: Role, config: LlamaConfig, lora: LoraConfig | None, tokenizer, meta: dict) -> None:
+def save_role(
+    path: str, role: Role, config: LlamaConfig, lora: LoraConfig | None, tokenizer, meta: dict
+) -> None:
     """meta: JSON, small. lora: of the adapter, None without one."""
     from safetensors.numpy import save_file
 
@@ -36,7 +38,9 @@ def save_role(path: str, role: Role, config: LlamaConfig, lora: LoraConfig | Non
     if role.base is not None:
         huggingface.save_llama(fresh, config, role.base, tokenizer)
     if role.head is not None:
-        save_file({name: np.asarray(jax.device_get(x)) for name, x in role.head.items()}, os.path.join(fresh, HEAD))
+        save_file(
+            {name: np.asarray(jax.device_get(x)) for name, x in role.head.items()}, os.path.join(fresh, HEAD)
+        )
     with open(os.path.join(fresh, META), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
     shutil.rmtree(path, ignore_errors=True)

@@ -128,7 +128,11 @@ def inspect(file: str) -> dict[str, Stored]:
 def check(found: dict[str, Stored], leaves: Iterable[Leaf], where: str, hint: str, optional=()) -> None:
     """Raises: one InputError that lists every missing, surplus and mis-shaped tensor and every unusable dtype."""
     expected = {name: leaf.stored_shape for leaf in leaves for name in leaf.names}
-    problems = [f"{n}: missing, expected {list(s)}" for n, s in expected.items() if n not in found and n not in optional]
+    problems = [
+        f"{n}: missing, expected {list(s)}"
+        for n, s in expected.items()
+        if n not in found and n not in optional
+    ]
     for name, stored in found.items():
         if name not in expected:
             problems.append(f"{name}: found {list(stored.shape)}, expected no such tensor")
@@ -209,7 +213,9 @@ def stored_arrays(leaves: list[Leaf], tree: dict) -> list[tuple[str, tuple, np.d
     for leaf in leaves:
         array = get(tree, leaf.path)
         if tuple(array.shape) != leaf.shape:
-            raise InputError(f"{'/'.join(leaf.path)} has shape {tuple(array.shape)}; the config says {leaf.shape}.")
+            raise InputError(
+                f"{'/'.join(leaf.path)} has shape {tuple(array.shape)}; the config says {leaf.shape}."
+            )
         for number, name in enumerate(leaf.names):
             # One layer at a time: a host copy of a whole stacked array would stay with it.
             part = (lambda a, i: lambda: np.asarray(a[i]))(array, number) if leaf.stacked else array.__array__

@@ -21,7 +21,9 @@ def train_tokenizer(corpus: list[str], vocab_size: int):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = ["<|pad|>", "<|bos|>", "<|eos|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # sorted: the trainer numbers them in the order given
+    alphabet = sorted(
+        pre_tokenizers.ByteLevel.alphabet()
+    )  # sorted: the trainer numbers them in the order given
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )

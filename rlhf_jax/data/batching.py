@@ -20,7 +20,7 @@ from rlhf_jax.types import GroupedBatch
 def pad_prompts(
     prompt_ids: Sequence[Sequence[int]], length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """B lists of ids, padded on the left: (ids [B, length] int32, mask [B, length] int32)."""
+    """B lists of ids, padded on the left: (ids, mask), both [B, length] int32."""
     ids = np.full((len(prompt_ids), length), pad_id, np.int32)
     mask = np.zeros_like(ids)
     for row, one in enumerate(prompt_ids):
@@ -34,8 +34,7 @@ def pad_prompts(
 def pad_completions(
     completion_ids: Sequence[Sequence[Sequence[int]]], length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """B lists of G lists of ids, padded on the right: (ids [B, G, length] int32, mask [B, G, length]
-    int32)."""
+    """B lists of G lists of ids, padded on the right: (ids, mask), both [B, G, length] int32."""
     sizes = sorted({len(of_prompt) for of_prompt in completion_ids})
     if len(sizes) > 1:
         raise InputError(f"Prompts of one batch have {sizes} completions; all need the same number.")
@@ -150,8 +149,7 @@ class ResumableData:
         return position * self.batch_size / len(self.records)
 
     def fingerprint(self) -> dict:
-        """What decides every batch, as JSON values: save it with the position, compare with
-        `check_fingerprint`."""
+        """What decides every batch, as JSON values, to save beside the position; see `check_fingerprint`."""
         hashes = [_digest(_content(record)) for record in self.records]
         order = [int(self._order[i]) for i in range(min(len(hashes), 1000))]
         return {

@@ -66,6 +66,11 @@ class FieldError(ValueError):
         self.field, self.reason = field, reason
 
 
+def readable(prompt: str | Messages) -> str:
+    """A prompt for people to read: text as it is, messages with their roles."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
 # --- fields
 
 

@@ -36,8 +36,8 @@ class TextTokenizer:
         """Ids of a text, with BOS if this tokenizer adds one, or of messages through the chat template.
 
         Args:
-          prompt: text, or [{"role": ..., "content": ...}], after which the template opens the assistant's
-          turn. max_tokens: None for no limit.
+          prompt: text, or [{"role": ..., "content": ...}], after which the template opens a new turn.
+          max_tokens: None for no limit.
           overflow: what to do with a longer prompt: "truncate_left" keeps the BOS and the end, "error" raises
             InputError, "drop" returns None. `counts` says how often.
         """
@@ -54,8 +54,7 @@ class TextTokenizer:
         if overflow == "error":
             raise InputError(
                 f"The prompt {_shown(prompt)} has {len(ids)} tokens, more than {max_tokens}. Shorten it, "
-                "raise "
-                'the prompt length, or choose overflow "truncate_left" or "drop".'
+                'raise the prompt length, or choose overflow "truncate_left" or "drop".'
             )
         if overflow == "drop":
             self.counts["dropped_prompts"] += 1
@@ -99,8 +98,7 @@ class TextTokenizer:
     def decode_completion(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of ids that follow a prompt, a leading space included.
 
-        `decode` takes the first space of a text for the tokenizer's own where words are marked by one (Llama
-        2).
+        `decode` takes the first space of a text for the tokenizer's own where each word has one (Llama 2).
         """
         anchor = self._anchor
         return self.decode([*anchor, *ids], skip_special)[len(self.decode(anchor)) :]
@@ -125,8 +123,7 @@ class TextTokenizer:
         if self.vocabulary_size > model_vocab_size:
             raise InputError(
                 f"The tokenizer has {self.vocabulary_size} tokens, the model's embedding only "
-                f"{model_vocab_size} "
-                "rows. Use the tokenizer that belongs to this checkpoint."
+                f"{model_vocab_size} rows. Use the tokenizer that belongs to this checkpoint."
             )
 
     # --- how
@@ -142,8 +139,7 @@ class TextTokenizer:
         found = next((i for i in ids if i in self._special), None)
         if found is None:
             return ids
-        # Not an added token but an entry of the vocabulary itself, where SentencePiece keeps "</s>": pull it
-        # apart.
+        # An entry of the vocabulary itself, where SentencePiece keeps "</s>": pull it apart.
         content = self._special[found]
         pieces = text.split(content)
         if len(pieces) == 1 or len(content) < 2:

@@ -77,7 +77,7 @@ def completions_of(
             "finished": np.asarray(made.finished),
         }
         texts = [
-            [tokenizer.decode(row[kept > 0].tolist()) for row, kept in zip(*group, strict=True)]
+            [tokenizer.decode_completion(row[kept > 0].tolist()) for row, kept in zip(*group, strict=True)]
             for group in zip(np.asarray(made.ids), np.asarray(made.mask), strict=True)
         ]
         rows.append((texts[: len(chosen)], {name: x[: len(chosen)] for name, x in found.items()}))

@@ -77,9 +77,15 @@ def group_attention(q_BSHC, k_BSKC, v_BSKC, context: GroupContext):
     scores = jnp.concatenate(
         [_scores("bgrkmc,bpkc->bgkmrp", q_own, k_prompt), _scores("bgrkmc,bgskc->bgkmrs", q_own, k_own)], -1
     )
-    before = jnp.tri(R, dtype=bool)[None, None, None, None] & (context.completion_mask[:, :, None, None, None, :] > 0)
+    before = jnp.tri(R, dtype=bool)[None, None, None, None] & (
+        context.completion_mask[:, :, None, None, None, :] > 0
+    )
     allowed = jnp.concatenate(
-        [jnp.broadcast_to(readable[:, None], (B, G, 1, 1, R, P)), jnp.broadcast_to(before, (B, G, 1, 1, R, R))], -1
+        [
+            jnp.broadcast_to(readable[:, None], (B, G, 1, 1, R, P)),
+            jnp.broadcast_to(before, (B, G, 1, 1, R, R)),
+        ],
+        -1,
     )
     share = _softmax(scores, allowed, q.dtype)
     own = jnp.einsum("bgkmrp,bpkc->bgrkmc", share[..., :P], v_prompt)

@@ -48,7 +48,9 @@ class LlamaConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     dtype: Any = jnp.float32  # of the computation; reductions (norms, softmax) stay float32
-    remat: str = "none"  # what the backward pass recomputes: none, dots (all but matmuls) or full (all of a layer)
+    remat: str = (
+        "none"  # what the backward pass recomputes: none, dots (all but matmuls) or full (all of a layer)
+    )
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -117,7 +119,9 @@ def _read(path_or_dict):
         with open(path, encoding="utf-8") as file:
             raw = json.load(file)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; expected the config.json of a Llama-family checkpoint.") from None
+        raise InputError(
+            f"{path} does not exist; expected the config.json of a Llama-family checkpoint."
+        ) from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
     if not isinstance(raw, dict):
@@ -179,14 +183,22 @@ def _scaling(raw, source):
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
-        raise InputError(f"{source}: rope scaling {kind!r} is not supported; supported: default, linear, llama3.")
+        raise InputError(
+            f"{source}: rope scaling {kind!r} is not supported; supported: default, linear, llama3."
+        )
     needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
     for key in needed:
         if not isinstance(rope.get(key), int | float) or not math.isfinite(rope[key]):
-            raise InputError(f"{source}: rope scaling {kind!r} needs a number for {key!r}, found {rope.get(key)!r}.")
+            raise InputError(
+                f"{source}: rope scaling {kind!r} needs a number for {key!r}, found {rope.get(key)!r}."
+            )
     if kind == "linear":
         return RopeScaling("linear", float(rope["factor"]))
     original = rope.get("original_max_position_embeddings", raw.get("original_max_position_embeddings", 8192))
     return RopeScaling(
-        "llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]), int(original)
+        "llama3",
+        float(rope["factor"]),
+        float(rope["low_freq_factor"]),
+        float(rope["high_freq_factor"]),
+        int(original),
     )

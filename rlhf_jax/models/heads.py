@@ -8,7 +8,10 @@ import jax.numpy as jnp
 
 def init_reward(rng, width: int) -> dict:
     """kernel [D] ~ N(0, 1/sqrt(D+1)), bias 0: OpenAI's code (the paper's 1/(D+1) is a misprint of it)."""
-    return {"kernel": jax.random.normal(rng, (width,), jnp.float32) * (width + 1) ** -0.5, "bias": jnp.zeros(())}
+    return {
+        "kernel": jax.random.normal(rng, (width,), jnp.float32) * (width + 1) ** -0.5,
+        "bias": jnp.zeros(()),
+    }
 
 
 def init_value(width: int) -> dict:

@@ -39,7 +39,9 @@ class Projection(nn.Module):
     def __call__(self, x, adapter):
         inputs, outputs = shapes(self.config)[self.target]
         names_in, names_out = AXES[self.target]
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.config.initializer_range), names_in + names_out)
+        init = nn.with_logical_partitioning(
+            nn.initializers.normal(self.config.initializer_range), names_in + names_out
+        )
         y = _contract(x, self.param("kernel", init, inputs + outputs), len(inputs))
         if self.bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, names_out)
@@ -47,7 +49,9 @@ class Projection(nn.Module):
         if adapter is not None and self.target in adapter:
             a, b = adapter[self.target]["a"].astype(x.dtype), adapter[self.target]["b"].astype(x.dtype)
             lead = x.shape[: x.ndim - len(inputs)]
-            low = _low_rank(x.reshape(-1, math.prod(inputs)), a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1))
+            low = _low_rank(
+                x.reshape(-1, math.prod(inputs)), a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
+            )
             y = y + low.reshape(*lead, *outputs)
         return y
 
@@ -77,7 +81,8 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x, adapter):
         gate, up, down = (
-            Projection(self.config, f"{n}_proj", self.config.mlp_bias, name=f"{n}_proj") for n in ("gate", "up", "down")
+            Projection(self.config, f"{n}_proj", self.config.mlp_bias, name=f"{n}_proj")
+            for n in ("gate", "up", "down")
         )
         return down(nn.silu(gate(x, adapter)) * up(x, adapter), adapter)
 
@@ -129,7 +134,9 @@ class Llama(nn.Module):
         )(c)
         self.final_norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_embeddings:
-            init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("embed", "vocab"))
+            init = nn.with_logical_partitioning(
+                nn.initializers.normal(c.initializer_range), ("embed", "vocab")
+            )
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=init, dtype=c.dtype)
 
     def __call__(self, token_ids, attention_mask, adapters: Adapter | None = None):
@@ -157,7 +164,12 @@ class Llama(nn.Module):
         """The `step`-th completion tokens [B, G] -> (hidden [B, G, D], cache [L, B, G, K, R, C] with them in it)."""
         positions = (prompt_mask.sum(-1)[:, None] + step) + jnp.zeros_like(token_ids)
         return self._run(
-            token_ids, positions, DecodeContext(prompt_mask, step), adapters, cache=cache, prompt_cache=prompt_cache
+            token_ids,
+            positions,
+            DecodeContext(prompt_mask, step),
+            adapters,
+            cache=cache,
+            prompt_cache=prompt_cache,
         )
 
     def logits(self, hidden):

@@ -31,9 +31,13 @@ class LoraConfig:
     def __post_init__(self):
         unknown = [name for name in self.targets if name not in ATTENTION + MLP]
         if unknown or not self.targets:
-            raise InputError(f"LoRA targets {unknown or 'are empty'}; expected some of {', '.join(ATTENTION + MLP)}.")
+            raise InputError(
+                f"LoRA targets {unknown or 'are empty'}; expected some of {', '.join(ATTENTION + MLP)}."
+            )
         if min([self.rank, *dict(self.rank_pattern).values()]) < 1:
-            raise InputError(f"LoRA rank must be at least 1, got {self.rank} with pattern {dict(self.rank_pattern)}.")
+            raise InputError(
+                f"LoRA rank must be at least 1, got {self.rank} with pattern {dict(self.rank_pattern)}."
+            )
 
     def rank_of(self, target: str) -> int:
         return dict(self.rank_pattern).get(target, self.rank)

@@ -47,7 +47,9 @@ def spec(names, shape, mesh: Mesh, where: str = "") -> PartitionSpec:
         ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
         if size % ways:
             if name != "kv_heads":
-                raise InputError(f"{where}: axis {name!r} of size {size} cannot be split {ways} ways over {axes}.")
+                raise InputError(
+                    f"{where}: axis {name!r} of size {size} cannot be split {ways} ways over {axes}."
+                )
             axes = None
         parts.append(axes)
     return PartitionSpec(*parts)
@@ -66,7 +68,8 @@ def llama_abstract(config: LlamaConfig, dtype=jnp.float32):
     """(shapes, logical names) of the base's parameters, nothing allocated."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     boxed = jax.eval_shape(Llama(config).init, jax.random.key(0), ids, ids)["params"]
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.meta.unbox(boxed))
+    # Not nn.meta.unbox: inside a mesh context it would put a sharding constraint on an array that is not there.
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.value.shape, dtype), boxed, is_leaf=_is_boxed)
     names = jax.tree.map(lambda x: tuple(nn.get_partition_spec(x)), boxed, is_leaf=_is_boxed)
     return shapes, names
 

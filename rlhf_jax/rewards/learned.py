@@ -7,7 +7,15 @@ from rlhf_jax.models.llama import Llama
 from rlhf_jax.types import GroupedBatch
 
 
-def score(model: Llama, base: dict, role: roles.Role, batch: GroupedBatch, eos_ids: tuple[int, ...], mean=0.0, std=1.0):
+def score(
+    model: Llama,
+    base: dict,
+    role: roles.Role,
+    batch: GroupedBatch,
+    eos_ids: tuple[int, ...],
+    mean=0.0,
+    std=1.0,
+):
     """[B, G] float32, (raw score - mean) / std. mean and std: of raw scores of the reference's samples.
 
     A completion cut at its length limit is scored with an end token after it: the text is what counts; what a

@@ -39,7 +39,9 @@ class SamplingConfig:
             "top_k must be 0 (off) or more": self.top_k >= 0,
             "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
             "num_completions must be at least 1": self.num_completions >= 1,
-            "min_new_tokens must be between 0 and max_new_tokens": 0 <= self.min_new_tokens <= self.max_new_tokens,
+            "min_new_tokens must be between 0 and max_new_tokens": 0
+            <= self.min_new_tokens
+            <= self.max_new_tokens,
         }
         for message, fine in checks.items():
             if not fine:
@@ -47,7 +49,9 @@ class SamplingConfig:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def generate(model, params, prompt_ids, prompt_mask, rng, sampling_config, adapters=None, head=None) -> Completions:
+def generate(
+    model, params, prompt_ids, prompt_mask, rng, sampling_config, adapters=None, head=None
+) -> Completions:
     """Sample G completions for each of B prompts.
 
     Args:
@@ -102,7 +106,9 @@ def generate(model, params, prompt_ids, prompt_mask, rng, sampling_config, adapt
 
     def advance(carry):
         step, tokens, made, cache = carry
-        hidden, cache = apply(tokens, prompt_mask, step - 1, prompt_cache, cache, adapters, method=Llama.decode)
+        hidden, cache = apply(
+            tokens, prompt_mask, step - 1, prompt_cache, cache, adapters, method=Llama.decode
+        )
         tokens, made = record(made, step, hidden)
         return step + 1, tokens, made, cache
 

@@ -33,12 +33,16 @@ def check_config(config, known_stages) -> None:
     _check_values("config", config)
     unknown = [stage for stage in config.stages if stage not in known_stages]
     if unknown or not config.stages:
-        raise InputError(f"config.stages is {tuple(config.stages)}; expected some of {', '.join(known_stages)}.")
+        raise InputError(
+            f"config.stages is {tuple(config.stages)}; expected some of {', '.join(known_stages)}."
+        )
     for name in TRAINING_STAGES:
         if name in config.stages:
             _check_stage(name, config[name])
     if config.data.preferences and "preferences" in config.stages:
-        raise InputError("config.data.preferences is given and config.stages has 'preferences'; leave one of them out.")
+        raise InputError(
+            "config.data.preferences is given and config.stages has 'preferences'; leave one of them out."
+        )
 
 
 def _check_values(where, section):

@@ -45,7 +45,9 @@ class StopRequest:
     def check(self, what: str):
         """Between pieces of work that are already on disk."""
         if self.requested:
-            raise Interrupted(f"interrupted during {what}; what is done is saved. Run the same command to go on.")
+            raise Interrupted(
+                f"interrupted during {what}; what is done is saved. Run the same command to go on."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,9 @@ class _Log:
                 metrics[tag] = metrics[name]
         self.writer.write(step, metrics)
         progress.step(step, metrics)
-        if samples and (step == 1 or step % self.logging.samples_every_steps == 0 or step == self.total_steps):
+        if samples and (
+            step == 1 or step % self.logging.samples_every_steps == 0 or step == self.total_steps
+        ):
             samples = samples[: self.logging.num_samples]
             self.completions.write(step, samples)
             self.console.samples(f"{self.stage}, step {step}", samples, limit=self.logging.num_samples)
@@ -179,7 +183,9 @@ class _Log:
         skipped = metrics.get("skipped_updates", 0.0)
         self.skips.append(skipped > 0)
         if skipped:
-            self.console.warn(f"{self.stage}: {skipped:.0f} update(s) skipped, loss or gradient was not finite")
+            self.console.warn(
+                f"{self.stage}: {skipped:.0f} update(s) skipped, loss or gradient was not finite"
+            )
         row = list(self.skips)[-SKIPS_IN_A_ROW:]
         if (len(row) == SKIPS_IN_A_ROW and all(row)) or sum(self.skips) >= SKIPS_IN_100:
             self.problem = (

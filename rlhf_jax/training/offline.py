@@ -33,7 +33,7 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict)
     )
 
     def step(state, position):
-        chosen = [records[i] for i in data.indices(position)]
+        chosen = data.batch(position)
         batch = group([prompt for prompt, _ in chosen], [completions for _, completions in chosen])
         state, metrics = update(state, frozen, run.put(batch))
         tokens = float(batch.prompt_mask.sum() + batch.completion_mask.sum())
@@ -51,7 +51,9 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict)
         parts = []
         for i in range(0, len(held_out), section.batch_size):
             chosen = held_out[i : i + section.batch_size]
-            batch = group([prompt for prompt, _ in chosen], [c for _, c in chosen], fill_to=section.batch_size)
+            batch = group(
+                [prompt for prompt, _ in chosen], [c for _, c in chosen], batch_size=section.batch_size
+            )
             parts.append(jax.device_get(measure(state.trained, frozen, run.put(batch))))
         return parts
 
@@ -59,7 +61,9 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict)
         parts = held_out_pass(state)
         total = sum(float(weight) for weight, _, _ in parts)
         names = parts[0][1] if parts else ()
-        return {n: sum(float(weight * metrics[n]) for weight, metrics, _ in parts) / max(total, 1) for n in names}
+        return {
+            n: sum(float(weight * metrics[n]) for weight, metrics, _ in parts) / max(total, 1) for n in names
+        }
 
     with meshes.activate(run.mesh):
         state = states.create(trained, optimizer, run.rng(name), {}, run.model.config, run.mesh)
@@ -70,7 +74,7 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict)
             step,
             total_steps=section.steps,
             workdir=run.workdir,
-            fingerprint=data.fingerprint,
+            fingerprint=data.fingerprint(),
             logging=run.logging(name),
             console=run.console,
             stop=run.stop,
@@ -90,7 +94,15 @@ def encode_groups(run: Run, groups) -> list[tuple[list[int], list[list[int]]]]:
     for prompt, completions in groups:
         ids = run.tokenizer.encode_prompt(prompt, data.prompt_tokens, overflow=data.prompt_overflow)
         if ids is not None:
-            encoded.append((ids, [run.tokenizer.encode_completion(c, data.completion_tokens + 1) for c in completions]))
+            encoded.append(
+                (
+                    ids,
+                    [
+                        run.tokenizer.encode_completion(c, data.completion_tokens + 1, allow_truncation=True)
+                        for c in completions
+                    ],
+                )
+            )
     return encoded
 
 

@@ -7,6 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.data.batching import pad_prompts
+from rlhf_jax.data.formats import readable
 from rlhf_jax.models import heads, roles
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
@@ -34,7 +36,7 @@ def online(run: Run, name: str) -> None:
             trained["value"] = trained["value"].replace(adapter=own.adapter, base=own.base)
     frozen = {"base": base, "reward": reward}
     prompts = run.encoded_prompts["train"]
-    data = resumable(run, [[ids] for _, ids in prompts], section.batch_size, (run.prompt_length,))
+    data = resumable(run, prompts, section.batch_size, (run.prompt_length, sampling_config.max_new_tokens))
     gold = rules.RULES[run.config.gold] if run.config.gold else None
 
     updates_a_step = section.rollout_epochs * section.num_minibatches
@@ -57,12 +59,12 @@ def online(run: Run, name: str) -> None:
         )
     )
 
-    def batch_of(ids):
-        return run.put(rollout.prompt_batch(ids, run.prompt_length, run.tokenizer.pad_id))
+    def batch_of(chosen):
+        return run.put(pad_prompts([ids for _, ids in chosen], run.prompt_length, run.tokenizer.pad_id))
 
     def step(state, position):
-        indices = data.indices(position)
-        ids = batch_of([prompts[i][1] for i in indices])
+        chosen = data.batch(position)
+        ids = batch_of(chosen)
         key = jax.random.fold_in(jax.random.fold_in(rng, 2), position)
         shared = "value" in state.trained and section.value == "shared"
         head = state.trained["value"].head if shared else None
@@ -80,13 +82,13 @@ def online(run: Run, name: str) -> None:
 
         def finish():
             texts = rollout.texts(run.tokenizer, batch)
-            return rollout.sample_rows([prompts[i][0].text for i in indices], texts, batch, gold)
+            return rollout.sample_rows([readable(prompt.text) for prompt, _ in chosen], texts, batch, gold)
 
         return state, StepOutput(metrics, finish)
 
     def start(state):
         """Rewards get mean 0 and deviation 1 on samples of the reference."""
-        batches = [batch_of([prompts[i][1] for i in data.indices(n)]) for n in range(section.reward_reference_batches)]
+        batches = [batch_of(data.batch(n)) for n in range(section.reward_reference_batches)]
         key = jax.random.fold_in(rng, 3)
         found = rollout.reward_statistics(network, base, reward, batches, key, sampling_config, scorer)
         run.console.note(
@@ -99,14 +101,16 @@ def online(run: Run, name: str) -> None:
     controllers = {"kl_coeff": section.kl_coeff, "reward_mean": 0.0, "reward_std": 1.0}
     with meshes.activate(run.mesh):
         state = states.create(trained, optimizer, rng, controllers, run.model.config, run.mesh)
-        announce(run, name, trained, f"{section.batch_size} prompts x {section.num_completions} completions a step")
+        announce(
+            run, name, trained, f"{section.batch_size} prompts x {section.num_completions} completions a step"
+        )
         state = train(
             name,
             state,
             step,
             total_steps=section.steps,
             workdir=run.workdir,
-            fingerprint=data.fingerprint,
+            fingerprint=data.fingerprint(),
             logging=run.logging(name),
             console=run.console,
             stop=run.stop,

@@ -4,15 +4,18 @@ P(first chosen) = sigmoid(coin_scale * (gold of the first - gold of the second))
 for reward model overoptimization", arXiv:2210.10760. Written batch by batch, so that a killed run goes on."""
 
 import math
+import os
 import random
 
 import jax
 
-from rlhf_jax.data import sources
+from rlhf_jax.data import writing
+from rlhf_jax.data.batching import pad_prompts
+from rlhf_jax.data.formats import readable
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import rules
-from rlhf_jax.models.roles import Role
 from rlhf_jax.training import rollout
 from rlhf_jax.training.run import Run
 
@@ -34,10 +37,10 @@ def make(run: Run) -> None:
 
 def _make_file(run: Run, name: str, num_batches: int) -> None:
     final = run.path(FILES[name])
-    if sources.exists(final):
+    if os.path.exists(final):
         return
     partial, size = final + ".partial", run.config.preferences.batch_size
-    done = sources.keep_whole_batches(partial, "batch")
+    done = writing.keep_whole_batches(partial)
     network, sampling, gold = run.network(), run.sampling(2), rules.RULES[run.config.gold]
     rng = jax.random.fold_in(run.rng("preferences"), list(FILES).index(name))
     prompts = run.encoded_prompts[name]
@@ -46,17 +49,20 @@ def _make_file(run: Run, name: str, num_batches: int) -> None:
         # Every prompt once before any twice; a later visit draws other samples.
         chosen = [prompts[(number * size + i) % len(prompts)] for i in range(size)]
         with meshes.activate(run.mesh):
-            ids = run.put(rollout.prompt_batch([ids for _, ids in chosen], run.prompt_length, run.tokenizer.pad_id))
+            ids = run.put(pad_prompts([ids for _, ids in chosen], run.prompt_length, run.tokenizer.pad_id))
             batch = rollout.sample(network, run.base, Role(), ids, jax.random.fold_in(rng, number), sampling)
         rows = []
         for (prompt, _), pair in zip(chosen, rollout.texts(run.tokenizer, batch), strict=True):
             if all(text.strip() for text in pair):
-                rows.append(label(prompt.text, pair, gold, run.config.preferences.coin_scale, (run.config.seed, number, len(rows))))
-        sources.append_rows(partial, [row | {"batch": number} for row in rows])
+                coin = (run.config.seed, name, number, len(rows))
+                rows.append(label(prompt.text, pair, gold, run.config.preferences.coin_scale, coin))
+        writing.append_batch(partial, number, rows)
         if name == "train" and number in (0, num_batches - 1):
-            run.console.samples(f"samples of the base, batch {number + 1}", _shown(rows), run.config.logging.num_samples)
+            run.console.samples(
+                f"samples of the base, batch {number + 1}", _shown(rows), run.config.logging.num_samples
+            )
         run.console.note(f"preferences ({name}): batch {number + 1} of {num_batches}, {len(rows)} pairs")
-    sources.rename(partial, final)
+    writing.finish(partial, final)
 
 
 def label(prompt: str, pair: list[str], gold, coin_scale: float, coin_seed: tuple) -> dict:
@@ -86,7 +92,11 @@ def sigmoid(x: float) -> float:
 
 def _shown(rows):
     return [
-        {"prompt": row["input_text"], "completion": row[f"candidate_{i}"], "gold_reward": row[f"gold_{i}"]}
+        {
+            "prompt": readable(row["input_text"]),
+            "completion": row[f"candidate_{i}"],
+            "gold_reward": row[f"gold_{i}"],
+        }
         for row in rows[:4]
         for i in (0, 1)
     ][:6]

@@ -8,18 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.batching import pad_prompts
 from rlhf_jax.losses.masking import masked_mean
 from rlhf_jax.models.roles import Role
 from rlhf_jax.rewards import learned
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.training.algorithms import Network
 from rlhf_jax.types import GroupedBatch
-
-
-def prompt_batch(prompt_ids: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Host arrays [B, P] of ids and mask."""
-    return pad_prompts(prompt_ids, length, pad_id)
 
 
 def sample(network: Network, base: dict, policy: Role, prompts, rng, sampling, head=None) -> GroupedBatch:
@@ -69,12 +63,17 @@ def texts(tokenizer, batch: GroupedBatch) -> list[list[str]]:
     """Decoded completions [B][G], without end tokens. Waits for the device."""
     ids, mask = jax.device_get((batch.completion_ids, batch.completion_mask))
     return [
-        [tokenizer.decode([i for i, kept in zip(*pair, strict=True) if kept]) for pair in zip(*row, strict=True)]
+        [
+            tokenizer.decode_completion([i for i, kept in zip(*pair, strict=True) if kept])
+            for pair in zip(*row, strict=True)
+        ]
         for row in zip(ids.tolist(), mask.tolist(), strict=True)
     ]
 
 
-def sample_rows(prompts: list[str], completions: list[list[str]], batch: GroupedBatch, gold) -> tuple[dict, list[dict]]:
+def sample_rows(
+    prompts: list[str], completions: list[list[str]], batch: GroupedBatch, gold
+) -> tuple[dict, list[dict]]:
     """(host metrics, one row a prompt: its first completion with reward, gold reward and KL)."""
     fields = {"reward": batch.scores}
     if batch.ref_logprobs is not None:
@@ -88,7 +87,8 @@ def sample_rows(prompts: list[str], completions: list[list[str]], batch: Grouped
         fields["gold_reward"] = np.array(gold(repeated, flat)).reshape(fields["reward"].shape)
         metrics["gold_reward"] = float(fields["gold_reward"].mean())
     rows = [
-        {"prompt": prompt, "completion": completions[b][0]} | {name: float(x[b, 0]) for name, x in fields.items()}
+        {"prompt": prompt, "completion": completions[b][0]}
+        | {name: float(x[b, 0]) for name, x in fields.items()}
         for b, prompt in enumerate(prompts)
     ]
     return metrics, rows

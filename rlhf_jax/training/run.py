@@ -10,14 +10,16 @@ import os
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.checkpoints import gguf, huggingface, roles as role_files, tiny
+from rlhf_jax.checkpoints import gguf, huggingface, tiny
+from rlhf_jax.checkpoints import roles as role_files
 from rlhf_jax.data import batching, formats, sources, tiny_corpus
 from rlhf_jax.data.tokenization import load_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import lora, roles
 from rlhf_jax.models.llama import Llama, LlamaConfig
 from rlhf_jax.models.roles import Role
-from rlhf_jax.parallel import mesh as meshes, sharding
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.training.algorithms import ALGORITHMS, Network
 from rlhf_jax.training.loop import Logging
@@ -64,13 +66,17 @@ class Run:
 
     @functools.cached_property
     def tokenizer(self):
-        return load_tokenizer(self.model_path)
+        config = self._loaded[0]
+        tokenizer = load_tokenizer(self.model_path, config.eos_ids)
+        tokenizer.check_vocabulary(config.vocab_size)
+        return tokenizer
 
     @functools.cached_property
     def _loaded(self):
         section = self.config.model
-        config, params = huggingface.load_llama(self.model_path, dtype=jnp.dtype(section.param_dtype), mesh=self.mesh)
-        self.tokenizer.check_vocabulary(config.vocab_size)
+        config, params = huggingface.load_llama(
+            self.model_path, dtype=jnp.dtype(section.param_dtype), mesh=self.mesh
+        )
         longest = self.config.data.prompt_tokens + self.config.data.completion_tokens + 1
         if longest > config.max_position:
             raise InputError(
@@ -105,7 +111,11 @@ class Run:
         """(role on the mesh, LoRA settings, meta)."""
         dtype = jnp.dtype(self.config.model.param_dtype)
         role, settings, meta = role_files.load_role(self.role_path(name), self.model.config, dtype)
-        return jax.device_put(role, sharding.role_shardings(role, self.model.config, self.mesh)), settings, meta
+        return (
+            jax.device_put(role, sharding.role_shardings(role, self.model.config, self.mesh)),
+            settings,
+            meta,
+        )
 
     def save_role(self, name: str, role: Role, meta: dict) -> None:
         settings = self.lora if role.adapter is not None else None
@@ -140,7 +150,7 @@ class Run:
             eos_ids=self.eos_ids,
             min_new_tokens=section.min_new_tokens,
             pad_id=self.tokenizer.pad_id,
-            vocab_size=len(self.tokenizer.tokenizer),
+            vocab_size=self.tokenizer.vocabulary_size,
         )
 
     @property
@@ -153,16 +163,21 @@ class Run:
         """The stage's key: every draw is fold_in(key, step), so nothing random has to be saved."""
         return jax.random.fold_in(jax.random.key(self.config.seed), SALTS[stage])
 
+    def records(self, spec: str, form) -> list:
+        """The records of a data spec; form: formats.prompts, pairs or examples."""
+        data = self.config.data
+        rows = sources.read_rows(spec, max_bad_records=data.max_bad_records)
+        return form(rows, instruction=data.instruction, max_bad_records=data.max_bad_records)
+
     @functools.cached_property
     def prompt_sets(self) -> dict:
         """{"train": prompts, "held_out": prompts}: formats.Prompt each; held out from the end unless given."""
         data = self.config.data
-        read = functools.partial(
-            formats.prompts, instruction=data.instruction, max_bad_records=data.max_bad_records
+        train = self.records(data.prompts, formats.prompts) if data.prompts else formats.prompts(
+            sources.openings(), instruction=data.instruction
         )
-        train = read(sources.read_rows(data.prompts) if data.prompts else sources.openings())
         if data.eval_prompts:
-            return {"train": train, "held_out": read(sources.read_rows(data.eval_prompts))}
+            return {"train": train, "held_out": self.records(data.eval_prompts, formats.prompts)}
         cut = len(train) - held_out(len(train), data.held_out_prompts)
         return {"train": train[:cut], "held_out": train[cut:]}
 
@@ -170,7 +185,10 @@ class Run:
         """(prompt, ids) of each prompt that fits by the config's rule."""
         data = self.config.data
         encoded = [
-            (prompt, self.tokenizer.encode_prompt(prompt.text, data.prompt_tokens, overflow=data.prompt_overflow))
+            (
+                prompt,
+                self.tokenizer.encode_prompt(prompt.text, data.prompt_tokens, overflow=data.prompt_overflow),
+            )
             for prompt in prompts
         ]
         return [(prompt, ids) for prompt, ids in encoded if ids is not None]
@@ -186,7 +204,14 @@ class Run:
 
     def logging(self, stage: str) -> Logging:
         section = self.config.logging
-        names = ("log_every_steps", "save_every_steps", "samples_every_steps", "num_samples", "keep_latest", "keep_best")
+        names = (
+            "log_every_steps",
+            "save_every_steps",
+            "samples_every_steps",
+            "num_samples",
+            "keep_latest",
+            "keep_best",
+        )
         return Logging(**{name: section[name] for name in names}, tags=section.tags[stage].to_dict())
 
     def put(self, batch):
@@ -204,8 +229,7 @@ def resumable(run: Run, records, batch_size: int, lengths: tuple[int, ...]) -> b
         records,
         seed=run.config.seed,
         batch_size=batch_size,
-        lengths=lengths,
-        tokenizer_fingerprint=run.tokenizer.fingerprint,
+        identity={"lengths": list(lengths), "tokenizer": run.tokenizer.fingerprint},
     )
 
 

@@ -2,6 +2,7 @@
 
 Here a stage picks its data and its roles; offline.py and online.py turn those into steps for the one loop."""
 
+import os
 from collections.abc import Callable
 
 import jax
@@ -19,14 +20,14 @@ def sft(run: Run) -> None:
     """Completion-only cross-entropy; later stages take the result as their base."""
     section, data = run.config.sft, run.config.data
     if data.sft:
-        examples = formats.examples(
-            sources.read_rows(data.sft), instruction=data.instruction, max_bad_records=data.max_bad_records
-        )
+        examples = run.records(data.sft, formats.examples)
         pairs = [(example.prompt, example.completion) for example in examples]
     elif run.config.model.path == "tiny":
         pairs = run.tiny_corpus
     else:
-        raise InputError("config.data.sft is empty; give rows with input_text and output_text (JSONL, hub id, ...).")
+        raise InputError(
+            "config.data.sft is empty; give rows with input_text and output_text (JSONL, hub id, ...)."
+        )
     records = encode_groups(run, [(prompt, (completion,)) for prompt, completion in pairs])
     trained = {"policy": run.new_role(run.rng("sft"), section.train, run.raw_base)}
     offline(run, "sft", records, [], trained, {"base": None if section.train == "full" else run.raw_base})
@@ -48,16 +49,13 @@ def reward_model(run: Run, evaluator: Callable | None = None) -> None:
 def preference_pairs(run: Run):
     """(training pairs, held-out pairs) of the config's data, or of the stage `preferences`."""
     data = run.config.data
-    read = lambda spec: formats.pairs(
-        sources.read_rows(spec), instruction=data.instruction, max_bad_records=data.max_bad_records
-    )
     if not data.preferences:
         files = {name: run.path(file) for name, file in preferences.FILES.items()}
         # Already with the instruction in front: these prompts were sampled from.
         return tuple(formats.pairs(sources.read_rows(files[name])) for name in ("train", "held_out"))
-    pairs = read(data.preferences)
+    pairs = run.records(data.preferences, formats.pairs)
     if data.eval_preferences:
-        return pairs, read(data.eval_preferences)
+        return pairs, run.records(data.eval_preferences, formats.pairs)
     cut = len(pairs) - held_out(len(pairs), data.held_out_pairs)
     return pairs[:cut], pairs[cut:]
 
@@ -72,5 +70,5 @@ STAGES = {"sft": sft, "preferences": preferences.make, "reward_model": reward_mo
 
 def is_done(run: Run, stage: str) -> bool:
     if stage == "preferences":
-        return all(sources.exists(run.path(file)) for file in preferences.FILES.values())
+        return all(os.path.exists(run.path(file)) for file in preferences.FILES.values())
     return run.has_role(stage)

@@ -19,10 +19,15 @@ class TrainState:
     controllers: dict  # float32 scalars that adapt: kl_coeff, the normalisation of rewards, ...
 
 
-def create(trained: dict, optimizer: optax.GradientTransformation, rng, controllers: dict, config, mesh) -> TrainState:
-    """A fresh state, every array placed on the mesh. config: LlamaConfig."""
+def create(
+    trained: dict, optimizer: optax.GradientTransformation, rng, controllers: dict, config, mesh
+) -> TrainState:
+    """A fresh state, every array placed on the mesh and the state's own: updates donate it. config: LlamaConfig."""
+    rng = jax.random.fold_in(rng, 0)
     trained = jax.device_put(trained, trained_shardings(trained, config, mesh))
-    shardings = sharding.optimizer_shardings(optimizer, trained, trained_shardings(trained, config, mesh), mesh)
+    shardings = sharding.optimizer_shardings(
+        optimizer, trained, trained_shardings(trained, config, mesh), mesh
+    )
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
     everywhere = sharding.replicated(mesh)
     controllers = {name: jnp.asarray(value, jnp.float32) for name, value in controllers.items()}

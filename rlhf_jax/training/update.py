@@ -21,7 +21,9 @@ def make_update(objective, optimizer, *, epochs=1, num_minibatches=1, num_microb
 
     def gradient(state, frozen, minibatch, rng):
         def weighted_sums(microbatch, rng):
-            (loss, (weight, metrics)), grads = grad_fn(state.trained, frozen, state.controllers, microbatch, rng)
+            (loss, (weight, metrics)), grads = grad_fn(
+                state.trained, frozen, state.controllers, microbatch, rng
+            )
             return weight, jax.tree.map(lambda x: weight * x, (grads, {"loss": loss, **metrics}))
 
         if num_microbatches == 1:

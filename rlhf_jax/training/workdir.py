@@ -81,7 +81,10 @@ def phase(workdir: str, name: str):
         seconds = dict(timing["phases"])
         seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 2)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        timing = {"phases": list(seconds.items()), "peak_memory_bytes": max(peak, timing["peak_memory_bytes"])}
+        timing = {
+            "phases": list(seconds.items()),
+            "peak_memory_bytes": max(peak, timing["peak_memory_bytes"]),
+        }
         write_json(path, timing)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 
+import numpy as np
 import pytest
 
 from rlhf_jax.data import formats, sources
@@ -71,7 +72,7 @@ def test_nasty_lines(tmp_path, line, reason):
 
 def test_text_that_only_looks_like_a_line_end_stays_inside_its_record(tmp_path):
     text = "one\u2028two\u0085three\u000bfour\u001cfive"
-    path = write(tmp_path / "a.jsonl", json.dumps({"prompt": text}, ensure_ascii=False).replace("\\u000b", "\\u000b").encode())
+    path = write(tmp_path / "a.jsonl", json.dumps({"prompt": text}, ensure_ascii=False).encode())
     (row,) = sources.read_rows(path)
     assert row.fields["prompt"] == text
 
@@ -103,7 +104,12 @@ def test_json_array_has_line_numbers(tmp_path):
     path.write_text('[{"prompt": "a"},\n {"prompt": "b"\n]')
     with pytest.raises(InputError, match=r"the record from line 2: not JSON .*line 3"):
         sources.read_rows(str(path), max_bad_records=1.0)
-    for text in ('[{"prompt": "a"} {"prompt": "b"}]', '[{"prompt": "a"}] x', '[{"prompt": "a"}', '[{"prompt": "a"},]'):
+    for text in (
+        '[{"prompt": "a"} {"prompt": "b"}]',
+        '[{"prompt": "a"}] x',
+        '[{"prompt": "a"}',
+        '[{"prompt": "a"},]',
+    ):
         path.write_text(text)
         with pytest.raises(InputError, match=r"line 1: "):
             sources.read_rows(str(path))
@@ -201,9 +207,10 @@ def test_tfds_folder_and_unknown_name(tmp_path):
 
     class Prefs(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
+        url_infos = {}  # else it looks beside its source file, with a package that TFDS does not ask for
 
         def _info(self):
-            features = {"prompt": tfds.features.Text(), "choice": "int64"}
+            features = {"prompt": tfds.features.Text(), "choice": tfds.features.Scalar(np.int64)}
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, _):
@@ -230,8 +237,8 @@ def test_two_thousand_mutated_lines(tmp_path):
     for _ in range(2000):
         data = bytearray(line)
         for _ in range(rng.randint(1, 3)):
-            place = rng.randrange(len(data))
-            kind = rng.randrange(4)
+            place = rng.randrange(len(data) or 1)
+            kind = rng.randrange(4) if data else 2
             if kind == 0:
                 data[place] ^= 1 << rng.randrange(8)
             elif kind == 1:
@@ -246,10 +253,11 @@ def test_two_thousand_mutated_lines(tmp_path):
     kept = {row.line for row in rows}
     assert 100 < len(rows) < 1900 and 2001 in kept
     for number, data in enumerate(lines, 1):
-        if number not in kept and data.strip():
-            with pytest.raises(ValueError):
-                assert not isinstance(parse_json(data), dict)
-                raise ValueError("not an object")
+        try:
+            usable = isinstance(parse_json(data), dict)
+        except ValueError:
+            usable = False
+        assert usable == (number in kept)
     records = formats.pairs(rows, max_bad_records=1.0)
     assert records[-1].chosen == "b" and len(records) < len(rows)
     assert all(isinstance(x, str) and x.strip() for r in records for x in (r.prompt, r.chosen, r.rejected))

@@ -129,7 +129,9 @@ def test_new_adapter_changes_nothing(tiny_llama):
 def test_rslora_and_patterns_set_the_scale():
     plain, stable = lora.LoraConfig(rank=16, alpha=8.0), lora.LoraConfig(rank=16, alpha=8.0, rslora=True)
     assert plain.scale_of("q_proj") == 0.5 and stable.scale_of("q_proj") == 2.0
-    patterned = lora.LoraConfig(rank=4, alpha=8.0, rank_pattern=(("v_proj", 2),), alpha_pattern=(("v_proj", 1.0),))
+    patterned = lora.LoraConfig(
+        rank=4, alpha=8.0, rank_pattern=(("v_proj", 2),), alpha_pattern=(("v_proj", 1.0),)
+    )
     assert patterned.scale_of("q_proj") == 2.0 and patterned.scale_of("v_proj") == 0.5
 
 
@@ -140,7 +142,9 @@ def test_rematerialisation_changes_no_gradient(tiny_llama, remat):
     model, params = tiny_llama
     batch, adapter = make_batch("left"), make_adapter(model.config)
     again = Llama(dataclasses.replace(model.config, remat=remat))
-    loss = lambda model: lambda adapter: jnp.square(roles.states(model, params, roles.Role(adapter), batch)).sum()
+    loss = lambda model: (
+        lambda adapter: jnp.square(roles.states(model, params, roles.Role(adapter), batch)).sum()
+    )
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3),
         jax.grad(loss(model))(adapter), jax.grad(loss(again))(adapter),

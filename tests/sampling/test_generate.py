@@ -45,7 +45,9 @@ def test_a_filter_changes_the_draw_and_not_the_reported_logprobs(tiny_llama):
 def test_values_are_the_head_at_the_state_that_chose_the_token(tiny_llama):
     model, params = tiny_llama
     head = heads.init_reward(jax.random.key(4), 32)
-    made = generate(model, params, PROMPTS, MASK, jax.random.key(0), SamplingConfig(6, num_completions=2), None, head)
+    made = generate(
+        model, params, PROMPTS, MASK, jax.random.key(0), SamplingConfig(6, num_completions=2), None, head
+    )
     batch = GroupedBatch(PROMPTS, MASK, made.ids, made.mask)
     expected = heads.apply(head, roles.predicting_states(model, params, roles.Role(), batch))
     np.testing.assert_allclose(made.values, expected, atol=1e-4)
@@ -69,7 +71,7 @@ def test_stops_at_an_end_token_and_pads_after_it(tiny_llama):
 
 def test_min_new_tokens_holds_the_end_back(tiny_llama):
     model, params = tiny_llama
-    every = tuple(range(0, 60))  # nearly everything ends
+    every = tuple(range(60))  # nearly everything ends
     made = generate(
         model, params, PROMPTS, MASK, jax.random.key(1), SamplingConfig(6, eos_ids=every, min_new_tokens=3)
     )
@@ -120,11 +122,20 @@ def test_padding_of_the_vocabulary_is_never_sampled(tiny_llama):
 def test_top_k_and_top_p_by_hand():
     logits = jnp.log(jnp.array([[0.5, 0.2, 0.2, 0.1], [0.05, 0.9, 0.03, 0.02]]))
     kept = lambda x: np.isfinite(np.array(x)).tolist()
-    assert kept(filters.restrict(logits, top_k=1)) == [[True, False, False, False], [False, True, False, False]]
+    assert kept(filters.restrict(logits, top_k=1)) == [
+        [True, False, False, False],
+        [False, True, False, False],
+    ]
     # Ties stay together; 0.5 alone does not reach 0.6, so the next (and its tie) is needed.
-    assert kept(filters.restrict(logits, top_p=0.6)) == [[True, True, True, False], [False, True, False, False]]
+    assert kept(filters.restrict(logits, top_p=0.6)) == [
+        [True, True, True, False],
+        [False, True, False, False],
+    ]
     assert kept(filters.restrict(logits, top_p=0.95)) == [[True] * 4, [True, True, False, False]]
-    assert kept(filters.restrict(logits, top_p=1e-6)) == [[True, False, False, False], [False, True, False, False]]
+    assert kept(filters.restrict(logits, top_p=1e-6)) == [
+        [True, False, False, False],
+        [False, True, False, False],
+    ]
 
 
 @pytest.mark.parametrize("vocabulary", [7, 1000])

@@ -1,0 +1,2 @@
+
+def embedded_model(): return "/tmp/smolhf"
