@@ -1,13 +1,245 @@
+"""Llama weights in a Hugging Face directory: safetensors, single or sharded, to params and back.
 
-import pickle, os, jax, jax.numpy as jnp
+Never pickle, never code from a checkpoint. The config decides every shape; a file that disagrees is one error that
+lists the tensors. Knows nothing of adapters (peft.py) or of how a safetensors file is read (tensors.py)."""
+
+import os
+import re
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.checkpoints import tensors
+from rlhf_jax.checkpoints.tensors import Leaf
+from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import LlamaConfig
-def load_llama(path, dtype=jnp.float32, mesh=None):
-    c = LlamaConfig.from_huggingface(path)
-    p = pickle.load(open(os.path.join(path, "p.pkl"), "rb"))
-    return c, jax.tree.map(lambda x: jnp.asarray(x, dtype), p)
-def save_llama(path, config, params, tokenizer=None):
-    import json, numpy as np
-    os.makedirs(path, exist_ok=True)
-    pickle.dump(jax.tree.map(np.asarray, params), open(os.path.join(path, "p.pkl"), "wb"))
-    json.dump(config.to_huggingface(), open(os.path.join(path, "config.json"), "w"))
-    if tokenizer is not None: tokenizer.save_pretrained(path)
+from rlhf_jax.models.lora import ATTENTION, MLP, shapes
+from rlhf_jax.parallel.sharding import llama_shardings
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHORT_NAMES = {  # what Vertex AI calls them
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
+    "llama-2-13b-chat": "meta-llama/Llama-2-13b-chat-hf",
+}
+_FETCHED = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_IGNORED = re.compile(
+    r"\.rotary_emb\.inv_freq$"
+)  # buffers that old conversions saved; the config has the same facts
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def resolve(path: str) -> str:
+    """The local directory of a checkpoint: a directory, a hub id `org/name`, or one of SHORT_NAMES.
+
+    A hub id is downloaded (or found in the hub's cache): weights in safetensors, config and tokenizer, nothing else.
+    Raises: InputError if there is no such directory and the hub cannot give it.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        return path
+    name = SHORT_NAMES.get(path, path)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise InputError(
+            f"{path} is not a directory. Expected a directory with config.json and safetensors, a Hugging Face id "
+            f"`organisation/name`, or one of {', '.join(SHORT_NAMES)}."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=list(_FETCHED), ignore_patterns=["*/*"])
+    except Exception as error:  # the hub's errors are of many classes, of its own and of its transport
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"{path}: no such directory here, and the model {name} could not be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {reason}). Check the name and the network; for a gated model accept its "
+            "licence on the hub and run `hf auth login`; or give the path of a downloaded copy."
+        ) from None
+
+
+def load_llama(
+    path: str, dtype=jnp.float32, mesh=None, *, shardings: dict | None = None
+) -> tuple[LlamaConfig, dict]:
+    """(config, params in `dtype`) of a Llama-family checkpoint.
+
+    Args:
+      path: directory, hub id or short name, as `resolve` takes it.
+      mesh: place the arrays on it by the rules of parallel/sharding.py; each process reads what its devices hold.
+      shardings: the tree of shardings itself, instead of a mesh.
+    Returns: params as models/llama.py lays them out. Host memory peaks at the result plus one small array.
+    Raises: InputError naming the file; wrong tensors are listed all together.
+    """
+    directory = resolve(path)
+    config = LlamaConfig.from_huggingface(directory)
+    found = _tensors(directory)
+    leaves = leaves_of(config)
+    if config.tie_embeddings and _HEAD in found:
+        _check_tied(directory, found)
+        del found[_HEAD]
+    hint = f"Check that {os.path.join(directory, 'config.json')} belongs to these files."
+    tensors.check(found, leaves, directory, hint)
+    if shardings is None and mesh is not None:
+        shardings = llama_shardings(config, mesh)
+    return config, tensors.gather(leaves, lambda name, slices: found[name].read(slices), dtype, shardings)
+
+
+def save_llama(
+    path: str, config: LlamaConfig, params: dict, tokenizer=None, *, shard_bytes: int = 5 * 10**9
+) -> None:
+    """A directory that transformers (and load_llama) reads: weights in the dtype they have, configs, tokenizer.
+
+    Args:
+      tokenizer: of transformers; None writes none.
+      shard_bytes: a longer checkpoint becomes several files with an index.
+    `path` may exist: its other files stay, an earlier model in it is replaced.
+    """
+    items = tensors.stored_arrays(leaves_of(config), params)
+
+    def make(directory):
+        shards = _shards(items, shard_bytes)
+        for file, part in shards.items():
+            tensors.write(os.path.join(directory, file), part)
+        if len(shards) > 1:
+            total = sum(_bytes(item) for item in items)
+            weight_map = {name: file for file, part in shards.items() for name, *_ in part}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            tensors.write_json(directory, INDEX, index)
+        raw = config.to_huggingface() | {"torch_dtype": items[0][2].name}
+        tensors.write_json(directory, "config.json", raw)
+        generation = {"bos_token_id": raw["bos_token_id"], "eos_token_id": raw["eos_token_id"]}
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+            generation["pad_token_id"] = tokenizer.pad_token_id
+        generation = {key: value for key, value in generation.items() if value is not None}
+        tensors.write_json(directory, "generation_config.json", generation)
+
+    tensors.install(path, make, stale=r"model.*\.safetensors(\.index\.json)?", last="config.json")
+
+
+def leaves_of(config: LlamaConfig) -> list[Leaf]:
+    """Every array of the decoder and the tensors of Hugging Face's LlamaForCausalLM that it is made of."""
+    V, D = (config.vocab_size,), (config.hidden_size,)
+
+    def layer(path, name, groups, transposed=False):
+        names = tuple(f"model.layers.{i}.{name}" for i in range(config.num_layers))
+        return Leaf(("layers", *path), names, groups, transposed, stacked=True)
+
+    leaves = [Leaf(("embed", "embedding"), (_EMBEDDING,), (V, D))]
+    leaves.append(Leaf(("final_norm", "scale"), ("model.norm.weight",), (D,)))
+    leaves.append(layer(("attention_norm", "scale"), "input_layernorm.weight", (D,)))
+    leaves.append(layer(("mlp_norm", "scale"), "post_attention_layernorm.weight", (D,)))
+    for room, targets, bias, stored in (
+        ("attention", ATTENTION, config.attention_bias, "self_attn"),
+        ("mlp", MLP, config.mlp_bias, "mlp"),
+    ):
+        for target in targets:
+            inputs, outputs = shapes(config)[target]
+            leaves.append(
+                layer((room, target, "kernel"), f"{stored}.{target}.weight", (outputs, inputs), True)
+            )
+            if bias:
+                leaves.append(layer((room, target, "bias"), f"{stored}.{target}.bias", (outputs,)))
+    if not config.tie_embeddings:
+        leaves.append(Leaf(("lm_head", "kernel"), (_HEAD,), (V, D), True))
+    return leaves
+
+
+def _tensors(directory):
+    """{name: where it is stored} from the single file or the index."""
+    single, index = os.path.join(directory, WEIGHTS), os.path.join(directory, INDEX)
+    if os.path.lexists(single):
+        found = tensors.inspect(single)
+    elif os.path.lexists(index):
+        found = _sharded(directory, index)
+    else:
+        refuse_pickle(directory, WEIGHTS)
+        raise InputError(f"{directory} holds neither {WEIGHTS} nor {INDEX}: there are no weights to load.")
+    return {name: stored for name, stored in found.items() if not _IGNORED.search(name)}
+
+
+def _sharded(directory, index):
+    raw = tensors.read_json(index, "the index of a sharded checkpoint")
+    weight_map = raw.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InputError(f"{index}: 'weight_map' must give a file name for each tensor.")
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        # The name is checked, not where it leads: the hub's cache is made of links.
+        if not re.fullmatch(r"[^/\\\0]+\.safetensors", file) or ".." in file:
+            raise InputError(
+                f"{index}: the file name {file!r} is not a plain name of a .safetensors file; refused."
+            )
+    missing = [file for file in files if not os.path.exists(os.path.join(directory, file))]
+    if missing:
+        raise InputError(
+            f"{directory}: {INDEX} names files that are not there: {', '.join(missing)}. Copy them too."
+        )
+    held = {file: tensors.inspect(os.path.join(directory, file)) for file in files}
+    wrong = [f"{name}: not in {file}" for name, file in weight_map.items() if name not in held[file]]
+    wrong += [
+        f"{name}: in {file}, which the index does not say"
+        for file, names in held.items()
+        for name in names
+        if weight_map.get(name) != file
+    ]
+    if wrong:
+        listed = "\n  ".join(wrong[:30] + [f"... and {len(wrong) - 30} more"] * (len(wrong) > 30))
+        raise InputError(f"{index} does not match its files; copy all of them from one source.\n  {listed}")
+    return {name: held[file][name] for name, file in weight_map.items()}
+
+
+def refuse_pickle(directory: str, wanted: str) -> None:
+    """Raises: InputError if the only weights in `directory` are in a format that runs code when it is read."""
+    pickles = sorted(name for name in os.listdir(directory) if name.endswith(tensors.PICKLES))
+    if pickles:
+        raise InputError(
+            f"{directory} has no {wanted}, only {', '.join(pickles[:3])}: pickle files can run code when they are "
+            "read and are refused. Convert them where you trust them, with torch and transformers: "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), which writes safetensors."
+        )
+
+
+def _check_tied(directory, found):
+    head, embedding = found[_HEAD], found.get(_EMBEDDING)
+    if embedding is None or head.shape != embedding.shape:
+        same = embedding is None  # then the missing embedding is what the list reports
+    else:
+        starts = range(0, head.shape[0], 4096)
+        same = all(
+            np.array_equal(*(t.read((slice(i, i + 4096),)) for t in (head, embedding))) for i in starts
+        )
+    if not same:
+        raise InputError(
+            f"{directory}: config.json says tie_word_embeddings, but {_HEAD} {list(head.shape)} differs from "
+            f"{_EMBEDDING} {list(embedding.shape)}. Set tie_word_embeddings to false if the head is the model's own."
+        )
+
+
+def _shards(items, limit):
+    """{file name: its items}, in order, each file at most `limit` bytes (a longer tensor alone)."""
+    parts, size = [[]], 0
+    for item in items:
+        if parts[-1] and size + _bytes(item) > limit:
+            parts.append([])
+            size = 0
+        parts[-1].append(item)
+        size += _bytes(item)
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]}
+    return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, start=1)}
+
+
+def _bytes(item):
+    return int(np.prod(item[1])) * item[2].itemsize

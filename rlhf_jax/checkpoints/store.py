@@ -6,6 +6,7 @@ compared after the restore; a step that fails is kept aside in corrupt/ and the 
 Knows nothing of what a state means, or of when to save. The directory is one that every process of the run sees."""
 
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -13,6 +14,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -244,21 +246,25 @@ class CheckpointStore:
 
         arrays, code, reason = {}, FOUND, None
         wanted = {name: x for name, x in asked.items() if math.prod(x.shape)}
-        try:
-            item = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-            arrays = dict(self._manager.restore(step, args=item)["state"])
-            for name in asked.keys() - wanted.keys():
-                arrays[name] = jax.device_put(
-                    np.zeros(asked[name].shape, asked[name].dtype), asked[name].sharding
+        with _no_unraisable():
+            try:
+                item = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+                arrays = dict(self._manager.restore(step, args=item)["state"])
+                for name in asked.keys() - wanted.keys():
+                    empty = np.zeros(asked[name].shape, asked[name].dtype)
+                    arrays[name] = jax.make_array_from_callback(
+                        empty.shape, asked[name].sharding, empty.__getitem__
+                    )
+                jax.block_until_ready(arrays)
+            except (
+                Exception
+            ) as error:  # damage shows as JSONDecodeError, KeyError, ValueError, bare Exception, ...
+                mild = isinstance(error, (MemoryError, PermissionError)) or any(
+                    x in str(error) for x in NOT_DAMAGE
                 )
-            jax.block_until_ready(arrays)
-        except (
-            Exception
-        ) as error:  # damage shows as JSONDecodeError, KeyError, ValueError, bare Exception, ...
-            mild = isinstance(error, (MemoryError, PermissionError)) or any(
-                x in str(error) for x in NOT_DAMAGE
-            )
-            code, reason = UNREADABLE if mild else DAMAGED, _one_line(error)
+                code, reason = UNREADABLE if mild else DAMAGED, _one_line(error)
+            if code != FOUND:
+                gc.collect()  # orbax leaves coroutines half run; each would print a traceback when it goes
         code = _agree(code)
         if code == UNREADABLE:
             raise StorageError(
@@ -266,12 +272,20 @@ class CheckpointStore:
                 "sound and is left where it is: free memory, or correct its permissions, and run again."
             )
         if code == FOUND:
+            # With one of its files gone, orbax gives keys back as plain integers.
+            bad = [
+                name
+                for name, x in asked.items()
+                if (arrays[name].shape, arrays[name].dtype) != (x.shape, x.dtype)
+            ]
             found = digest(arrays)
-            bad = [name for name in asked if found[name] != stored[name]["digest"]]
+            bad += [name for name in asked if found[name] != stored[name]["digest"]]
             if not bad:
                 return [arrays[name] for name in asked], None
-            reason = f"leaf {bad[0]}: the values are not those that were saved"
-            reason += f" (nor those of {len(bad) - 1} other leaves)" if bad[1:] else ""
+            others = len(set(bad)) - 1
+            reason = (
+                f"leaf {bad[0]}{f' and {others} others' if others else ''}: not the values that were saved"
+            )
         return [], reason or "another process could not read it"
 
     # Directories
@@ -509,12 +523,26 @@ def _sync() -> None:
         multihost_utils.sync_global_devices("checkpoint directories")
 
 
+@contextlib.contextmanager
+def _no_unraisable():
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
 def _quiet_orbax() -> None:
     """It logs tracebacks of errors that it also raises; ours is the one message."""
-    logger = logging.getLogger("absl")
-    if _not_orbax not in logger.filters:
-        logger.addFilter(_not_orbax)
+    from absl import (
+        logging as absl_logging,
+    )  # which knows the file a record comes from, if it makes its logger itself
+
+    for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+        if _is_not_orbax not in logger.filters:
+            logger.addFilter(_is_not_orbax)
 
 
-def _not_orbax(record) -> bool:
-    return f"{os.sep}orbax{os.sep}" not in record.pathname
+def _is_not_orbax(record) -> bool:
+    text = record.getMessage() if "never retrieved" in str(record.msg) else record.pathname
+    return f"{os.sep}orbax{os.sep}" not in text and "tensorstore" not in text

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import struct
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 
 import jax
@@ -125,7 +125,7 @@ def inspect(file: str) -> dict[str, Stored]:
         ) from None
 
 
-def check(found: dict[str, Stored], leaves: Iterable[Leaf], where: str, hint: str, optional=()) -> None:
+def check(found: dict[str, Stored], leaves: Iterable[Leaf], where: str, hint: str) -> None:
     """Raises: one InputError that lists every missing, surplus and mis-shaped tensor and every unusable dtype."""
     expected = {name: leaf.stored_shape for leaf in leaves for name in leaf.names}
     problems = [
@@ -252,9 +252,9 @@ def install(path: str, make: Callable[[str], None], stale: str, last: str) -> No
     """
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    fresh = tempfile.mkdtemp(prefix=f".{os.path.basename(path)}.", dir=os.path.dirname(path))
+    fresh = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.new")
+    os.mkdir(fresh)
     try:
-        os.chmod(fresh, 0o777 & ~_umask())  # mkdtemp's own are for the owner alone
         make(fresh)
         if not os.path.exists(path):
             os.rename(fresh, path)
@@ -286,12 +286,6 @@ def read_json(file: str, what: str) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object, {what}.")
     return value
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _natural(name):

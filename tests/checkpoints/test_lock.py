@@ -15,15 +15,15 @@ import pytest
 from rlhf_jax.checkpoints.lock import WorkdirLock
 from rlhf_jax.errors import InputError
 
-HOLD = """
+HOLD = r"""
 import os, sys, time
 from rlhf_jax.checkpoints.lock import WorkdirLock
 with WorkdirLock(sys.argv[1]):
     if len(sys.argv) > 2 and os.fork() == 0:  # a worker that the kill does not reach
-        print("forked", os.getpid(), flush=True)
+        os.write(1, b"forked %d\n" % os.getpid())
         time.sleep(60)
         os._exit(0)
-    print("holding", os.getpid(), flush=True)
+    os.write(1, b"holding %d\n" % os.getpid())
     time.sleep(60)
 """
 
