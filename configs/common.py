@@ -48,6 +48,8 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
     config.reward_model.update(
         loss="logsigmoid",  # or logexp
         center_coeff=0.01,  # pulls the mean of chosen and rejected to 0
+        layers=0,  # of the base that it uses, from the first; 0: all
+        pooling="last",  # the head reads the state at the end token; mean: the mean state of the completion
     )
     config.ppo = stage(steps=16, batch_size=16, learning_rate=5e-4)
     config.ppo.update(
@@ -110,6 +112,7 @@ def stage(*, steps, batch_size, learning_rate) -> config_dict.ConfigDict:
                 eps=1e-5,
                 weight_decay=0.0,
                 clip_norm=1.0,
+                head_multiplier=1.0,  # times the learning rate, for reward and value heads
             ),
         )
     )
@@ -131,6 +134,13 @@ def tiny(config):
 
 def smollm2(config):
     """SmolLM2-135M-Instruct, float32, two CPU cores and less than 6 GB."""
+    config.model.remat = "none"
+    # 12 of 30 layers and mean pooling: with 1,000 noisy pairs this agrees better with the gold reward than the end
+    # state of the whole model, for 0.4 of its cost.
+    config.reward_model.update(layers=12, pooling="mean", steps=64, batch_size=16)
+    config.reward_model.optimizer.update(learning_rate=1e-3, warmup_steps=4, head_multiplier=10.0)
+    config.preferences.update(num_pairs=1024, batch_size=64, coin_scale=10.0)
+    config.data.held_out_pairs = 192
 
 
 def llama2_7b(config):

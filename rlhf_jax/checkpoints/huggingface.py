@@ -216,10 +216,9 @@ def _check_tied(directory, found):
     if embedding is None or head.shape != embedding.shape:
         same = embedding is None  # then the missing embedding is what the list reports
     else:
-        starts = range(0, head.shape[0], 4096)
-        same = all(
-            np.array_equal(*(t.read((slice(i, i + 4096),)) for t in (head, embedding))) for i in starts
-        )
+        rows = head.shape[0]
+        blocks = [(slice(i, min(i + 4096, rows)),) for i in range(0, rows, 4096)]
+        same = all(np.array_equal(head.read(block), embedding.read(block)) for block in blocks)
     if not same:
         raise InputError(
             f"{directory}: config.json says tie_word_embeddings, but {_HEAD} {list(head.shape)} differs from "

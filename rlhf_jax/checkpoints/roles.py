@@ -15,7 +15,7 @@ from rlhf_jax.checkpoints import huggingface, peft
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.lora import LoraConfig
-from rlhf_jax.models.roles import Role
+from rlhf_jax.models.roles import Role, shallower
 
 META, HEAD = "role.json", "head.safetensors"
 
@@ -42,7 +42,7 @@ def save_role(
             {name: np.asarray(jax.device_get(x)) for name, x in role.head.items()}, os.path.join(fresh, HEAD)
         )
     with open(os.path.join(fresh, META), "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1)
+        json.dump(meta | {"depth": role.depth, "pooling": role.pooling}, file, indent=1)
     shutil.rmtree(path, ignore_errors=True)
     os.rename(fresh, path)
 
@@ -53,12 +53,13 @@ def load_role(path: str, config: LlamaConfig, dtype=jnp.float32) -> tuple[Role, 
 
     if not exists(path):
         raise InputError(f"{path} holds no finished role; run the stage that makes it first.")
+    with open(os.path.join(path, META), encoding="utf-8") as file:
+        meta = json.load(file)
     adapter = lora = head = base = None
     if os.path.exists(os.path.join(path, "adapter_config.json")):
-        adapter, lora = peft.load_adapter(path, config)
+        adapter, lora = peft.load_adapter(path, shallower(config, meta["depth"]))
     if os.path.exists(os.path.join(path, "config.json")):
         _, base = huggingface.load_llama(path, dtype)
     if os.path.exists(os.path.join(path, HEAD)):
         head = {name: jnp.asarray(x) for name, x in load_file(os.path.join(path, HEAD)).items()}
-    with open(os.path.join(path, META), encoding="utf-8") as file:
-        return Role(adapter, head, base), lora, json.load(file)
+    return Role(adapter, head, base, meta["depth"], meta["pooling"]), lora, meta

@@ -256,12 +256,9 @@ class CheckpointStore:
                         empty.shape, asked[name].sharding, empty.__getitem__
                     )
                 jax.block_until_ready(arrays)
-            except (
-                Exception
-            ) as error:  # damage shows as JSONDecodeError, KeyError, ValueError, bare Exception, ...
-                mild = isinstance(error, (MemoryError, PermissionError)) or any(
-                    x in str(error) for x in NOT_DAMAGE
-                )
+            except Exception as error:  # of every class: JSONDecodeError, KeyError, bare Exception, ...
+                known = any(words in str(error) for words in NOT_DAMAGE)
+                mild = known or isinstance(error, (MemoryError, PermissionError))
                 code, reason = UNREADABLE if mild else DAMAGED, _one_line(error)
             if code != FOUND:
                 gc.collect()  # orbax leaves coroutines half run; each would print a traceback when it goes

@@ -3,12 +3,14 @@
 The reference is the empty role; a policy, a value or a reward is an adapter, a head, or both; full fine-tuning is a
 role with weights of its own. Returns hidden states, values and scores; what they are worth is for losses to say."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.models import heads
-from rlhf_jax.models.llama import Llama
+from rlhf_jax.models.llama import Llama, LlamaConfig
 from rlhf_jax.models.lora import Adapter
 from rlhf_jax.types import GroupedBatch
 
@@ -18,6 +20,8 @@ class Role:
     adapter: Adapter | None = None
     head: dict | None = None  # {"kernel": [D], "bias": []}
     base: dict | None = None  # weights of its own; None reads the run's frozen base
+    depth: int | None = flax.struct.field(pytree_node=False, default=None)  # layers it uses; None: all
+    pooling: str = flax.struct.field(pytree_node=False, default="last")  # where a score is read: last or mean
 
     def params(self, frozen_base: dict) -> dict:
         return frozen_base if self.base is None else self.base
@@ -25,8 +29,12 @@ class Role:
 
 def states(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
     """[B, G, R + 1, D]: entry t is the state after t completion tokens, so it predicts completion token t."""
+    params = role.params(frozen_base)
+    if role.depth is not None:
+        model = Llama(shallower(model.config, role.depth))
+        params = params | {"layers": jax.tree.map(lambda x: x[: role.depth], params["layers"])}
     prompt, completions = model.apply(
-        {"params": role.params(frozen_base)},
+        {"params": params},
         batch.prompt_ids,
         batch.prompt_mask,
         batch.completion_ids,
@@ -48,11 +56,24 @@ def predicting_states(model: Llama, frozen_base: dict, role: Role, batch: Groupe
 
 
 def scores(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
-    """[B, G] float32: the head at the last real completion token (at the prompt's, if there is none)."""
+    """[B, G] float32, the head on one state a completion.
+
+    pooling "last": at the last real completion token (at the prompt's, if there is none); "mean": on the mean state
+    of the completion's tokens, which finds what single words carry with far fewer labels.
+    """
     hidden = states(model, frozen_base, role, batch)
     length = batch.completion_mask.sum(-1)
+    if role.pooling == "mean":
+        inside = batch.completion_mask[..., None] > 0
+        total = jnp.where(inside, hidden[:, :, 1:].astype(jnp.float32), 0.0).sum(2)
+        return heads.apply(role.head, total / jnp.maximum(length, 1)[..., None])
     at_end = jnp.take_along_axis(hidden, length[:, :, None, None], axis=2)[:, :, 0]
     return heads.apply(role.head, at_end)
+
+
+def shallower(config: LlamaConfig, depth: int | None) -> LlamaConfig:
+    """The config of the first `depth` layers."""
+    return config if depth is None else dataclasses.replace(config, num_layers=depth)
 
 
 def last_state(hidden_BPD, mask_BP):

@@ -84,7 +84,8 @@ def role_shardings(role: Role, config: LlamaConfig, mesh: Mesh) -> Role:
     """NamedShardings of a role: adapters split as the kernels they stand beside."""
     adapter = None if role.adapter is None else named(lora.logical_axes(role.adapter), role.adapter, mesh)
     head = None if role.head is None else named(heads.logical_axes(role.head), role.head, mesh)
-    return Role(adapter, head, None if role.base is None else llama_shardings(config, mesh))
+    base = None if role.base is None else llama_shardings(config, mesh)
+    return role.replace(adapter=adapter, head=head, base=base)
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, trained, shardings, mesh: Mesh):

@@ -7,11 +7,11 @@ from rlhf_jax.errors import InputError
 POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_minibatches", "rollout_epochs", "rank",
             "alpha", "prompt_tokens", "completion_tokens", "num_pairs", "num_completions", "save_every_steps",
             "log_every_steps", "samples_every_steps", "coin_scale", "reward_reference_batches", "keep_latest", "eps",
-            "clip_epsilon", "value_clip", "kl_horizon", "max_kl")  # fmt: skip
+            "clip_epsilon", "value_clip", "kl_horizon", "max_kl", "head_multiplier")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "temperature", "top_k", "warmup_steps", "weight_decay", "clip_norm",
                 "value_coeff", "entropy_coeff", "reward_clip", "dual_clip", "center_coeff", "eval_every_steps",
                 "held_out_prompts", "held_out_pairs", "vocab_chunk", "min_new_tokens", "num_samples",
-                "keep_best")  # fmt: skip
+                "keep_best", "layers")  # fmt: skip
 FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p")
 CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
@@ -20,6 +20,7 @@ CHOICES = {
     "kl_kind": ("k1", "k2", "k3"),
     "missing_eos_rule": ("none", "penalty", "replace"),
     "loss": ("logsigmoid", "logexp"),
+    "pooling": ("last", "mean"),
     "remat": ("none", "dots", "full"),
     "prompt_overflow": ("truncate_left", "error", "drop"),
     "dtype": ("float32", "bfloat16"),

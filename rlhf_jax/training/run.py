@@ -130,11 +130,13 @@ class Run:
         targets = named.get(section.targets, tuple(name.strip() for name in section.targets.split(",")))
         return lora.LoraConfig(section.rank, section.alpha, targets, section.rslora)
 
-    def new_role(self, rng, train: str, base: dict, head: dict | None = None) -> Role:
+    def new_role(self, rng, train: str, base: dict, head: dict | None = None, depth=None, pooling="last") -> Role:
         """A fresh role: an adapter, or (train="full") weights of its own in float32, which start as the base's."""
+        config = roles.shallower(self.model.config, depth)
         if train == "full":
-            return Role(head=head, base=jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base))
-        return Role(adapter=lora.init(rng, self.model.config, self.lora), head=head)
+            own = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
+            return Role(None, head, own, depth, pooling)
+        return Role(lora.init(rng, config, self.lora), head, None, depth, pooling)
 
     def network(self, temperature: float = 1.0) -> Network:
         return Network(self.model, self.config.model.vocab_chunk, temperature or 1.0)

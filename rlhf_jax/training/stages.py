@@ -40,7 +40,8 @@ def reward_model(run: Run, evaluator: Callable | None = None) -> None:
     groups = lambda pairs: encode_groups(run, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
     rng = run.rng("reward_model")
     head = heads.init_reward(jax.random.fold_in(rng, 1), run.model.config.hidden_size)
-    trained = {"reward": run.new_role(rng, section.train, run.base, head)}
+    depth = section.layers or None
+    trained = {"reward": run.new_role(rng, section.train, run.base, head, depth, section.pooling)}
     scores = offline(run, "reward_model", groups(train), groups(test), trained, {"base": run.base})
     if evaluator is not None and test:
         evaluator(run, train, test, scores)
