@@ -45,13 +45,13 @@ class Run:
 
     @functools.cached_property
     def model_path(self) -> str:
-        """The Hugging Face directory or id of the base; the two built-in models are made on first use."""
+        """The directory of the base; the two built-in models are made on first use, hub ids are fetched."""
         if self.config.model.path == "tiny":
             corpus = [opening + text for opening, text in self.tiny_corpus]
             return tiny.make(self.path("base"), corpus, seed=self.config.seed)
         if self.config.model.path == "smollm2":
             return gguf.embedded_model()
-        return self.config.model.path
+        return huggingface.resolve(self.config.model.path)
 
     @functools.cached_property
     def tiny_corpus(self):

@@ -1,0 +1,199 @@
+"""The whole road at a size that takes seconds, on 8 virtual devices: files, resume, and what a second run says."""
+
+import json
+import math
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from experiments import cli, evaluate, export, pipeline
+from experiments import run as run_command
+from rlhf_jax.errors import InputError, Interrupted, NumericsError
+from rlhf_jax.training import loop, online
+from rlhf_jax.training.metrics import read_metrics
+
+SMALL = [
+    "sft.steps=12",
+    "preferences.num_pairs=64",
+    "preferences.batch_size=32",
+    "reward_model.steps=6",
+    "ppo.steps=4",
+    "ppo.batch_size=16",
+    "ppo.rollout_epochs=2",
+    "data.held_out_prompts=16",
+    "data.held_out_pairs=32",
+    "evaluation.batch_size=16",
+    "evaluation.num_completions=2",
+    "logging.save_every_steps=2",
+    "logging.samples_every_steps=2",
+]
+
+
+def run_small(workdir, *more, config="configs/pipeline.py:tiny"):
+    overrides = [f"--config.{item}" for item in (*SMALL, *more)]
+    run_command.command([f"--config={config}", f"--workdir={workdir}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    run_small(workdir)
+    return workdir
+
+
+def role_tensors(workdir, stage):
+    from safetensors.numpy import load_file
+
+    return load_file(os.path.join(workdir, "roles", stage, "adapter_model.safetensors"))
+
+
+def assert_same_policy(one, other):
+    a, b = role_tensors(one, "ppo"), role_tensors(other, "ppo")
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def copy_without(finished, workdir, *gone):
+    shutil.copytree(finished, workdir)
+    for name in gone:
+        path = workdir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return workdir
+
+
+def test_every_file_of_the_contract_is_there(finished):
+    for name in ("config.json", "metrics.jsonl", "tensorboard", "checkpoints/ppo", "completions/ppo.jsonl",
+                 "eval_results_untuned.jsonl", "eval_results_tuned.jsonl", "report.html", "summary.png"):  # fmt: skip
+        assert (finished / name).exists(), name
+    metrics = read_metrics(finished / "metrics.jsonl")
+    assert [(m["stage"], m["step"]) for m in metrics] == [
+        (stage, step)
+        for stage, steps in (("sft", 12), ("reward_model", 6), ("ppo", 4))
+        for step in range(1, steps + 1)
+    ]
+    last = metrics[-1]
+    for name in ("reward", "reward_std", "gold_reward", "kl", "kl_coeff", "entropy", "approx_kl", "clip_fraction",
+                 "ratio_mean", "value_loss", "explained_variance", "completion_length", "finished_fraction", "loss",
+                 "grad_norm", "learning_rate", "tokens_per_second"):  # fmt: skip
+        assert math.isfinite(last[name]), name
+    sides = [[json.loads(line) for line in open(finished / f"eval_results_{s}.jsonl")] for s in ("untuned", "tuned")]
+    assert [row["inputs"] for row in sides[0]] == [row["inputs"] for row in sides[1]] and len(sides[0]) == 16
+    assert set(sides[0][0]) == {"inputs", "prediction"}
+    assert set(sides[0][0]["inputs"]) == {"inputs_pretokenized", "targets_pretokenized"}
+
+
+def test_the_first_update_of_a_rollout_starts_at_ratio_one(finished):
+    """The log-probabilities of the sampler are those of the trainer, so nothing is recomputed and nothing drifts."""
+    gaps = [m["first_ratio_gap"] for m in read_metrics(finished / "metrics.jsonl") if m["stage"] == "ppo"]
+    assert max(gaps) < 1e-4
+    first = next(m for m in read_metrics(finished / "metrics.jsonl") if m["stage"] == "ppo")
+    assert abs(first["kl"]) < 1e-4  # the policy starts as the reference
+
+
+def test_a_second_run_says_it_is_done_and_computes_nothing(finished, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "STAGES", dict.fromkeys(pipeline.STAGES, lambda run: pytest.fail("a stage ran")))
+    run_small(finished)
+    assert "are done" in capsys.readouterr().out
+
+
+def test_another_config_in_the_same_workdir_is_refused(finished):
+    with pytest.raises(InputError, match=r"ppo.kl_coeff: was 0.05, is 0.3"):
+        run_small(finished, "ppo.kl_coeff=0.3")
+
+
+def test_resuming_gives_the_same_bits_at_every_step(finished, tmp_path, monkeypatch):
+    """Stopped by a signal after each step of PPO in turn, the run ends with the policy of the unbroken one."""
+    workdir = copy_without(finished, tmp_path / "broken", "roles/ppo", "checkpoints/ppo", "report.html")
+    real = online.train
+
+    def stopping(*args, **kwargs):
+        step_fn = args[2]
+
+        def step(state, position):
+            kwargs["stop"].requested = True
+            return step_fn(state, position)
+
+        return real(args[0], args[1], step, **kwargs)
+
+    monkeypatch.setattr(online, "train", stopping)
+    for _ in range(3):
+        with pytest.raises(Interrupted, match="Run the same command"):
+            run_small(workdir)
+    run_small(workdir)  # the last step ends the stage
+    assert_same_policy(finished, workdir)
+    ppo = [m for m in read_metrics(workdir / "metrics.jsonl") if m["stage"] == "ppo"]
+    assert [m["step"] for m in ppo] == [1, 2, 3, 4]
+    before = [m for m in read_metrics(finished / "metrics.jsonl") if m["stage"] == "ppo"]
+    for a, b in zip(before, ppo, strict=True):
+        assert {k: v for k, v in a.items() if k not in CLOCK} == {k: v for k, v in b.items() if k not in CLOCK}
+
+
+CLOCK = ("time", "step_seconds", "tokens_per_second")
+
+
+def test_changed_data_is_refused_on_resume(finished, tmp_path):
+    workdir = copy_without(finished, tmp_path / "other", "roles/reward_model", "roles/ppo", "report.html")
+    path = workdir / "preferences.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[1:] + lines[:1]))
+    with pytest.raises(InputError, match="first_record"):
+        run_small(workdir)
+
+
+def test_updates_that_stay_non_finite_end_the_run_with_the_state_saved(finished, tmp_path):
+    workdir = copy_without(finished, tmp_path / "nan", "roles/ppo", "checkpoints/ppo", "report.html")
+    head = workdir / "roles" / "reward_model" / "head.safetensors"
+    from safetensors.numpy import load_file, save_file
+
+    save_file({name: x * np.float32("nan") for name, x in load_file(head).items()}, head)
+    with pytest.raises(NumericsError, match="rewards were NaN"):
+        run_small(workdir)
+    assert (workdir / "checkpoints" / "ppo").exists()
+
+
+def test_evaluate_command_makes_the_results_again(finished, tmp_path):
+    workdir = copy_without(finished, tmp_path / "again", "evaluation.json", "eval_results_tuned.jsonl")
+    evaluate.command([f"--workdir={workdir}"])
+    assert (workdir / "eval_results_tuned.jsonl").read_text() == (finished / "eval_results_tuned.jsonl").read_text()
+
+
+def test_exported_weights_are_base_and_adapter(finished, tmp_path):
+    import jax.numpy as jnp
+
+    from rlhf_jax.checkpoints import huggingface, peft
+    from rlhf_jax.models.llama import Llama
+
+    export.command([f"--workdir={finished}", f"--output={tmp_path / 'merged'}", "--merge"])
+    export.command([f"--workdir={finished}", f"--output={tmp_path / 'adapter'}"])
+    config, merged = huggingface.load_llama(str(tmp_path / "merged"))
+    _, base = huggingface.load_llama(str(tmp_path / "adapter" / "base"))
+    adapter, _ = peft.load_adapter(str(tmp_path / "adapter"), config)
+    ids = jnp.arange(12)[None]
+    beside = Llama(config).apply({"params": base}, ids, jnp.ones_like(ids), adapter)
+    inside = Llama(config).apply({"params": merged}, ids, jnp.ones_like(ids))
+    np.testing.assert_allclose(beside, inside, atol=1e-4)
+    assert float(jnp.abs(inside - Llama(config).apply({"params": base}, ids, jnp.ones_like(ids))).max()) > 1e-3
+
+
+def test_the_stop_request_is_set_by_sigterm_and_handlers_are_put_back():
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with loop.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+        with pytest.raises(Interrupted):
+            stop.check("a test")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_config_files_load_at_every_size_and_pass_the_checks():
+    from rlhf_jax.training.checks import check_config
+
+    for name in ("sft", "reward_model", "ppo", "pipeline"):
+        for size in ("tiny", "smollm2", "llama2_7b", "llama2_13b", "llama2_70b"):
+            config = cli.load_config(f"configs/{name}.py:{size}", [])
+            check_config(config, tuple(pipeline.STAGES))
