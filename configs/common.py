@@ -102,7 +102,7 @@ def stage(*, steps, batch_size, learning_rate) -> config_dict.ConfigDict:
             batch_size=batch_size,  # prompts
             num_microbatches=1,  # pieces of a batch (or minibatch) whose gradients are summed
             train="lora",  # or full
-            eval_every_steps=0,  # 0: at the end only
+            eval_every_steps=0,  # 0: SFT and reward model at the end only; RL never, the stage `evaluation` follows
             optimizer=dict(
                 learning_rate=learning_rate,
                 schedule="linear",  # to 0; or cosine, constant
@@ -120,13 +120,13 @@ def stage(*, steps, batch_size, learning_rate) -> config_dict.ConfigDict:
 
 def tiny(config):
     """Two layers, self-made weights and tokenizer, taught a small grammar by SFT: seconds on a laptop CPU."""
-    config.data.update(prompt_tokens=16, completion_tokens=12, held_out_prompts=64, held_out_pairs=64)
+    config.data.update(prompt_tokens=16, completion_tokens=12, held_out_prompts=64, held_out_pairs=128)
     config.model.remat = "none"
-    config.sft.update(steps=150, batch_size=32, train="full")
+    config.sft.update(steps=300, batch_size=32, train="full")
     config.sft.optimizer.learning_rate = 3e-3
-    config.reward_model.update(steps=64, batch_size=16)
-    config.reward_model.optimizer.learning_rate = 3e-3
-    config.preferences.update(num_pairs=512, batch_size=64)
+    config.preferences.update(num_pairs=4096, batch_size=128, coin_scale=10.0)
+    config.reward_model.update(steps=192, batch_size=32)
+    config.reward_model.optimizer.update(learning_rate=5e-3, head_multiplier=3.0)
     config.ppo.update(steps=24, batch_size=32, num_completions=2)
     config.ppo.optimizer.learning_rate = 3e-3
     config.logging.update(log_every_steps=8, save_every_steps=16, samples_every_steps=12)
@@ -139,7 +139,7 @@ def smollm2(config):
     # state of the whole model, for 0.4 of its cost.
     config.reward_model.update(layers=12, pooling="mean", steps=64, batch_size=16)
     config.reward_model.optimizer.update(learning_rate=2e-3, warmup_steps=4, head_multiplier=5.0)
-    config.ppo.update(steps=12, kl_coeff=0.2)
+    config.ppo.update(steps=12, kl_coeff=0.25)
     config.ppo.optimizer.update(learning_rate=2e-3, warmup_steps=4, head_multiplier=5.0)
     config.preferences.update(num_pairs=1024, batch_size=64, coin_scale=10.0)
     config.data.held_out_pairs = 192

@@ -34,7 +34,7 @@ def get_config(parameters: dict):
     """From checked parameters (experiments/vertex.py checks them)."""
     p = DEFAULTS | parameters
     size = SIZES.get(p["large_model_reference"])
-    # Another checkpoint starts from the small settings in float32; a TPU user overrides dtype and mesh.
+    # Any other checkpoint starts from the small settings in float32; for a TPU override dtype and remat.
     config = pipeline.get_config(size or "smollm2")
     config.model.path = p["large_model_reference"]
     config.mesh.update(data=1, fsdp=-1, tensor=1)
@@ -49,9 +49,12 @@ def get_config(parameters: dict):
         completion_tokens=p["target_sequence_length"],
         held_out_prompts=0,
     )
-    config.reward_model.update(steps=p["reward_model_train_steps"], batch_size=BATCH_SIZE)
+    fixed = {"schedule": "constant", "warmup_steps": 0, "head_multiplier": 1.0}
+    config.reward_model.update(
+        steps=p["reward_model_train_steps"], batch_size=BATCH_SIZE, layers=0, pooling="last"
+    )
     config.reward_model.optimizer.update(
-        learning_rate=1e-4 * p["reward_model_learning_rate_multiplier"], schedule="constant", warmup_steps=0
+        learning_rate=1e-4 * p["reward_model_learning_rate_multiplier"], **fixed
     )
     config.ppo.update(
         steps=p["reinforcement_learning_train_steps"],
@@ -59,9 +62,7 @@ def get_config(parameters: dict):
         num_completions=1,
         kl_coeff=float(p["kl_coeff"]),
     )
-    config.ppo.optimizer.update(
-        learning_rate=5e-4 * p["reinforcement_learning_rate_multiplier"], schedule="constant", warmup_steps=0
-    )
+    config.ppo.optimizer.update(learning_rate=5e-4 * p["reinforcement_learning_rate_multiplier"], **fixed)
     config.evaluation.update(num_completions=1, temperature=0.0)  # the bulk inferrer is greedy
     config.logging.tags.reward_model = {"loss": "rank_loss", "learning_rate": "learning_rate"}
     config.logging.tags.ppo = {

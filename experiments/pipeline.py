@@ -4,6 +4,7 @@ import os
 
 from experiments import evaluate
 from rlhf_jax.checkpoints.lock import WorkdirLock
+from rlhf_jax.data import formats
 from rlhf_jax.training import stages
 from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.console import Console
@@ -29,12 +30,24 @@ def run(config, workdir: str, command: str) -> None:
         if todo:
             keep_compiled_programs()
             write_environment(workdir, config.to_dict(), command)
+            read_data(made, todo)
         else:
             console.note(f"all stages of {workdir} are done: {', '.join(config.stages)}")
         for stage in todo:
             with phase(workdir, stage):
                 STAGES[stage](made)
         evaluate.tell(made)
+
+
+def read_data(run: Run, todo: list[str]) -> None:
+    """Reads every file that a stage will read, so that a wrong line shows now and not after hours of another stage."""
+    data = run.config.data
+    if "sft" in todo and data.sft:
+        run.records(data.sft, formats.examples)
+    if "reward_model" in todo and data.preferences:
+        stages.preference_pairs(run)
+    if set(todo) - {"sft", "reward_model"}:
+        _ = run.prompt_sets
 
 
 def is_done(run: Run, stage: str) -> bool:

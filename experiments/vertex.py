@@ -9,7 +9,10 @@ The file is one JSON object with the pipeline's own names:
   optional  eval_dataset, instruction, prompt_sequence_length, target_sequence_length, kl_coeff (0: no reference),
             reward_model_train_steps, reinforcement_learning_train_steps, reward_model_learning_rate_multiplier,
             reinforcement_learning_rate_multiplier
-configs.vertex.steps_from_epochs(examples, epochs) turns epochs into steps."""
+  ignored   model_display_name, tensorboard_resource_id, deploy_model, project, location (of the cloud service)
+Data are files, globs, or names of data sets. configs.vertex.steps_from_epochs(examples, epochs) turns epochs into
+steps. Policy and reward model share one frozen base, so a -chat model is the base of both (on Vertex AI the reward
+model of a -chat model starts from the plain one)."""
 
 import difflib
 import json
@@ -19,7 +22,7 @@ import sys
 from experiments import cli
 from rlhf_jax.errors import InputError
 
-NOT_LLAMA = ("t5-", "text-bison", "chat-bison")
+NOT_LLAMA = ("t5-", "text-bison", "chat-bison")  # the pipeline's other models
 LIMITS = {"prompt_sequence_length": 8192, "target_sequence_length": 1024}
 
 
@@ -48,31 +51,32 @@ def read_parameters(path: str) -> dict:
             raise InputError(
                 f"{path}: {name!r} is required, a non-empty string; found {parameters.get(name)!r}."
             )
-    for name, default in vertex.DEFAULTS.items():
-        if name in parameters:
-            _check(path, name, parameters[name], default)
     reference = parameters["large_model_reference"]
-    if reference.startswith(NOT_LLAMA):
-        raise InputError(f"{path}: large_model_reference {reference!r} is not of the Llama family.")
-    return parameters
+    if reference.lower().startswith(NOT_LLAMA):
+        raise InputError(
+            f"{path}: large_model_reference {reference!r} is not of the Llama family; expected one of "
+            f"{', '.join(vertex.SIZES)}, or a local directory or Hugging Face id of a Llama-family checkpoint."
+        )
+    given = vertex.DEFAULTS.keys() & parameters.keys()
+    return parameters | {name: _checked(path, name, parameters[name], vertex.DEFAULTS[name]) for name in given}
 
 
-def _check(path, name, value, default):
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+def _checked(path, name, value, default):
+    """`value` in the type of the default. None stands for the default of a string, as the service has it."""
+    number = type(value) in (int, float)
     if isinstance(default, str):
-        fine, expected = isinstance(value, str), "a string"
+        fine, expected = value is None or isinstance(value, str), "a string"
     elif isinstance(default, int):
         limit = LIMITS.get(name, 10**9)
-        fine, expected = (
-            number and value == int(value) and 1 <= value <= limit,
-            f"a whole number from 1 to {limit}",
-        )
+        fine = number and 1 <= value <= limit and value == int(value)  # 64.0 is how some writers spell 64
+        expected = f"a whole number from 1 to {limit}"
     elif name == "kl_coeff":
-        fine, expected = number and 0 <= value < float("inf"), "0 or more"
+        fine, expected = number and 0 <= value < 1e9, "a number from 0; 0: no reference"
     else:
-        fine, expected = number and 0 < value < float("inf"), "a number above 0"
+        fine, expected = number and 0 < value < 1e9, "a number above 0"
     if not fine:
-        raise InputError(f"{path}: {name} is {value!r}; expected {expected}.")
+        raise InputError(f"{path}: {name} is {json.dumps(value)}; expected {expected}.")
+    return type(default)(value or default if isinstance(default, str) else value)
 
 
 def command(argv):

@@ -1,17 +1,101 @@
+"""From scores to what each token, or each completion, is worth: shaped rewards, returns, advantages.
 
-import jax, jax.numpy as jnp
+Knows rewards, values and masks. Sources: GAE, Schulman et al. 2016, arXiv:1506.02438, eq. 16; rewards with KL, Ziegler
+et al. 2019, arXiv:1909.08593, eq. 2; group-relative, Shao et al. 2024, arXiv:2402.03300; leave-one-out, Kool et al.
+2019 and Ahmadian et al. 2024, arXiv:2402.14740."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
 from rlhf_jax.losses.kl import kl_estimate
+from rlhf_jax.losses.masking import is_last
+
+SCALES = ("group", "batch", "none")
+
+
 def shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coeff, kind="k1"):
-    k = jnp.where(mask > 0, kl_estimate(logprobs, ref_logprobs, kind), 0.0)
-    T = mask.shape[1]; last = mask.sum(-1).astype(int) - 1
-    at = (jnp.arange(T)[None] == last[:, None])
-    return -kl_coeff * k + at * scores[:, None]
+    """-kl_coeff * KL at each token, and the score on the last real one.
+
+    Args:
+      scores: [B] reward units, of any dtype: integers do not make the rewards integers.
+      logprobs, ref_logprobs: [B, T] nats. mask: [B, T].
+      kl_coeff: reward units a nat. kind: estimator of losses/kl.py.
+    Returns: [B, T] float32, 0 outside the mask; a row without a token gets nothing.
+    """
+    chex.assert_equal_shape([logprobs, ref_logprobs, mask])
+    chex.assert_shape(scores, mask.shape[:1])
+    real = mask > 0
+    kl = kl_estimate(jnp.where(real, logprobs, 0.0), jnp.where(real, ref_logprobs, 0.0), kind)
+    scores = jnp.broadcast_to(scores.astype(jnp.float32)[:, None], mask.shape)
+    return jnp.where(is_last(mask), scores, 0.0) - kl_coeff * kl
+
+
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    values = jnp.where(mask > 0, values, 0.0); rewards = jnp.where(mask > 0, rewards, 0.0)
-    nxt = jnp.concatenate([values[:, 1:], jnp.zeros_like(values[:, :1])], 1)
-    d = rewards + gamma * nxt - values
-    def f(c, x):
-        c = x + gamma * lam * c; return c, c
-    _, a = jax.lax.scan(f, jnp.zeros(d.shape[0]), d.T[::-1])
-    a = a[::-1].T
-    return jnp.where(mask > 0, a, 0.0), jnp.where(mask > 0, a + values, 0.0)
+    """Generalised advantage estimation over each row's real tokens.
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, where t + 1 is the next real token and
+    both are 0 after the last: tokens of a gap (a tool's answer, say) are stepped over as if they were not there.
+
+    Args:
+      rewards, values, mask: [B, T]. gamma: discount; lam: 0 trusts the values, 1 gives Monte Carlo returns.
+    Returns: (advantages, returns = advantages + values), [B, T] float32, 0 outside the mask.
+    """
+    chex.assert_rank(mask, 2)
+    chex.assert_equal_shape([rewards, values, mask])
+    real = mask > 0
+    rewards, values = (jnp.where(real, x.astype(jnp.float32), 0.0) for x in (rewards, values))
+
+    def back(later, now):
+        (advantage, value), (r, v, counts) = later, now
+        new = r + gamma * value - v + gamma * lam * advantage
+        advantage, value = jnp.where(counts, new, advantage), jnp.where(counts, v, value)
+        return (advantage, value), jnp.where(counts, advantage, 0.0)
+
+    nothing = jnp.zeros(mask.shape[0], jnp.float32)
+    _, advantages = jax.lax.scan(back, (nothing, nothing), (rewards.T, values.T, real.T), reverse=True)
+    return advantages.T, advantages.T + values
+
+
+def discounted_returns(rewards, mask, gamma=1.0):
+    """[B, T] float32: each real token's reward and the discounted rewards of the real tokens after it; 0 elsewhere."""
+    return gae(rewards, jnp.zeros(mask.shape, jnp.float32), mask, gamma, 1.0)[0]
+
+
+def group_relative(rewards, scale="group", eps=1e-4):
+    """Each reward less the mean of its group, over a deviation.
+
+    Args:
+      rewards: [B, G]. scale: by the deviation of the group or of the batch (unbiased, with eps added), or none.
+    Returns: [B, G] float32. Groups of equal rewards are exactly 0: they teach nothing, not rounding.
+    Raises: ValueError for another scale.
+    """
+    chex.assert_rank(rewards, 2)
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}; expected one of {', '.join(SCALES)}.")
+    centred = _less_mean(rewards, axis=1)
+    if scale == "none":
+        return centred
+    spread = centred if scale == "group" else _less_mean(rewards.reshape(1, -1), axis=1)
+    n = spread.shape[1]
+    deviation = jnp.sqrt(jnp.square(spread).sum(1, keepdims=True) / max(n - 1, 1))
+    return centred / jnp.broadcast_to(deviation + eps, centred.shape)
+
+
+def leave_one_out(rewards):
+    """[B, G] float32: each reward less the mean of the others of its group.
+
+    Raises: ValueError if a group has one completion only, and so no others.
+    """
+    chex.assert_rank(rewards, 2)
+    G = rewards.shape[1]
+    if G < 2:
+        raise ValueError("leave_one_out needs at least two completions a prompt; G is 1.")
+    return _less_mean(rewards, axis=1) * (G / (G - 1))
+
+
+def _less_mean(x, axis):
+    """x minus its mean, exactly 0 where all are equal: the mean of three 0.1 need not be 0.1 in float32."""
+    x = x.astype(jnp.float32)
+    shifted = x - jax.lax.slice_in_dim(x, 0, 1, axis=axis)
+    return shifted - shifted.mean(axis, keepdims=True)

@@ -1,13 +1,76 @@
+"""PPO's clipped objectives for policy and value.
 
+Knows log-probabilities, values, advantages and masks; nothing of models, prompts or where rewards come from.
+Sources: Schulman et al. 2017, arXiv:1707.06347; dual clip, Ye et al. 2020, arXiv:1912.09729; value clip and the halves,
+OpenAI's lm-human-preferences."""
+
+import chex
+import jax
 import jax.numpy as jnp
+
 from rlhf_jax.losses.masking import masked_mean
+
+LOG_RATIO_LIMIT = 20.0  # nats; exp(20) is far from any ratio that means something, and from overflow
+
+
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip_epsilon=0.2, dual_clip=None):
-    lr = jnp.where(mask > 0, logprobs - old_logprobs, 0.0); r = jnp.exp(lr)
-    g = jnp.minimum(r * advantages, jnp.clip(r, 1 - clip_epsilon, 1 + clip_epsilon) * advantages)
-    return -masked_mean(g, mask), {"ratio_mean": masked_mean(r, mask), "clip_fraction": masked_mean((g < r * advantages) * 1.0, mask), "approx_kl": masked_mean(jnp.expm1(lr) - lr, mask), "ratio_max_gap": jnp.abs(r - 1).max()}
+    """Pessimistic surrogate, eq. 7, as a mean over real tokens.
+
+    Args:
+      logprobs: [B, T] nats; the only argument that carries gradient.
+      old_logprobs: [B, T] nats, under the policy that sampled, at the sampling temperature.
+      advantages: [B, T] reward units.
+      mask: [B, T], 1 where the token counts. Entries elsewhere are never read, NaN included.
+      clip_epsilon: half-width of the interval around ratio 1, or (below, above).
+      dual_clip: the largest ratio that a negative advantage is worth (3.0 is usual), or None.
+    Returns: (scalar float32 loss, metrics over the same tokens). `approx_kl`: KL(old || new) in nats a token, by k3;
+      `clip_fraction`: tokens whose gradient the clip took; `ratio_max_gap`: the largest |ratio - 1|.
+    Raises: AssertionError if the shapes differ.
+    """
+    chex.assert_rank(logprobs, 2)
+    chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
+    below, above = clip_epsilon if isinstance(clip_epsilon, tuple) else (clip_epsilon, clip_epsilon)
+    real = lambda x: jnp.where(
+        mask > 0, x.astype(jnp.float32), 0.0
+    )  # before exp, or NaN reaches the gradient
+    old_logprobs, advantages = jax.lax.stop_gradient((real(old_logprobs), real(advantages)))
+    log_ratio = jnp.clip(real(logprobs) - old_logprobs, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = jnp.exp(log_ratio)
+    gain = ratio * advantages
+    bounded = jnp.minimum(gain, jnp.clip(ratio, 1.0 - below, 1.0 + above) * advantages)
+    if dual_clip is not None:
+        bounded = jnp.where(advantages < 0, jnp.maximum(bounded, dual_clip * advantages), bounded)
+    metrics = {
+        "ratio_mean": masked_mean(ratio, mask),
+        "clip_fraction": masked_mean(bounded != gain, mask),
+        "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
+        "ratio_max_gap": jnp.abs(ratio - 1.0).max(),  # 1 outside the mask
+    }
+    return -masked_mean(bounded, mask), jax.lax.stop_gradient(metrics)
+
+
 def clipped_value_loss(values, old_values, returns, mask, clip_range=0.2):
-    c = old_values + jnp.clip(values - old_values, -clip_range, clip_range)
-    l = 0.5 * masked_mean(jnp.maximum(jnp.square(values - returns), jnp.square(c - returns)), mask)
-    m = masked_mean(returns, mask); var = masked_mean(jnp.square(returns - m), mask)
-    ev = 1 - masked_mean(jnp.square(returns - old_values), mask) / jnp.maximum(var, 1e-8)
-    return l, {"explained_variance": ev}
+    """Half the squared error to the returns, or of values kept within clip_range of the old ones if that is worse.
+
+    Args:
+      values: [B, T] reward units; the only argument that carries gradient.
+      old_values: [B, T], when the completion was sampled. returns: [B, T]. mask: [B, T].
+      clip_range: reward units.
+    Returns: (scalar float32 loss, metrics): `explained_variance` of the returns by the old values, 1 is perfect, 0
+      where the returns do not vary; `value_clip_fraction`: tokens where the clipped error is the larger.
+    Raises: AssertionError if the shapes differ.
+    """
+    chex.assert_rank(values, 2)
+    chex.assert_equal_shape([values, old_values, returns, mask])
+    real = lambda x: jnp.where(mask > 0, x.astype(jnp.float32), 0.0)
+    values, (old_values, returns) = real(values), jax.lax.stop_gradient((real(old_values), real(returns)))
+    clipped = old_values + jnp.clip(values - old_values, -clip_range, clip_range)
+    error, clipped_error = jnp.square(values - returns), jnp.square(clipped - returns)
+    variance = lambda x: masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+    total = variance(returns)
+    left = variance(returns - old_values) / jnp.where(total > 0, total, 1.0)
+    metrics = {
+        "explained_variance": jnp.where(total > 0, 1.0 - left, 0.0),
+        "value_clip_fraction": masked_mean(clipped_error > error, mask),
+    }
+    return 0.5 * masked_mean(jnp.maximum(error, clipped_error), mask), jax.lax.stop_gradient(metrics)

@@ -32,12 +32,19 @@ class LoraConfig:
         unknown = [name for name in self.targets if name not in ATTENTION + MLP]
         if unknown or not self.targets:
             raise InputError(
-                f"LoRA targets {unknown or 'are empty'}; expected some of {', '.join(ATTENTION + MLP)}."
+                f"LoRA targets {unknown or 'are empty'}; expected all, attention, or some of "
+                f"{', '.join(ATTENTION + MLP)}."
             )
         if min([self.rank, *dict(self.rank_pattern).values()]) < 1:
             raise InputError(
                 f"LoRA rank must be at least 1, got {self.rank} with pattern {dict(self.rank_pattern)}."
             )
+
+    @classmethod
+    def from_names(cls, rank: int, alpha: float, targets: str, rslora: bool) -> "LoraConfig":
+        """targets: all, attention, or projection names with commas between them."""
+        named = {"all": ATTENTION + MLP, "attention": ATTENTION}
+        return cls(rank, alpha, named.get(targets, tuple(n.strip() for n in targets.split(","))), rslora)
 
     def rank_of(self, target: str) -> int:
         return dict(self.rank_pattern).get(target, self.rank)

@@ -3,6 +3,7 @@
 Keys and types are the parser's business; here it is what the numbers mean."""
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.lora import LoraConfig
 
 POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_minibatches", "rollout_epochs", "rank",
             "alpha", "prompt_tokens", "completion_tokens", "num_pairs", "num_completions", "save_every_steps",
@@ -32,6 +33,7 @@ TRAINING_STAGES = ("sft", "reward_model", "ppo")
 def check_config(config, known_stages) -> None:
     """Raises: InputError naming the key, its value and what is expected. config: ConfigDict."""
     _check_values("config", config)
+    LoraConfig.from_names(**config.lora.to_dict())
     unknown = [stage for stage in config.stages if stage not in known_stages]
     if unknown or not config.stages:
         raise InputError(
@@ -49,6 +51,8 @@ def check_config(config, known_stages) -> None:
 def _check_values(where, section):
     for name, value in section.items():
         key = f"{where}.{name}"
+        if name == "tags":  # keyed by metrics, whose names are also those of settings
+            continue
         if hasattr(value, "items"):
             _check_values(key, value)
         elif name in CHOICES and value not in CHOICES[name]:

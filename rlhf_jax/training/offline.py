@@ -8,12 +8,13 @@ import jax
 import numpy as np
 
 from rlhf_jax.data import batching
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import roles
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.training import state as states
 from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.loop import StepOutput, train
-from rlhf_jax.training.run import Run, announce, optimizer_of, resumable, settings_of
+from rlhf_jax.training.run import Run, all_dropped, announce, optimizer_of, resumable, settings_of
 from rlhf_jax.training.update import make_update
 
 
@@ -89,10 +90,10 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict)
 
 
 def encode_groups(run: Run, groups) -> list[tuple[list[int], list[list[int]]]]:
-    """(prompt, completions as text) -> (prompt ids, ids of each completion, ended by an end token)."""
+    """(prompt, completions as text, row or nothing) -> (prompt ids, ids of each completion, ended by an end token)."""
     data, encoded = run.config.data, []
-    for prompt, completions in groups:
-        ids = run.tokenizer.encode_prompt(prompt, data.prompt_tokens, overflow=data.prompt_overflow)
+    for prompt, completions, *row in groups:
+        ids = run.encode_prompt(prompt, *row)
         if ids is not None:
             encoded.append(
                 (
@@ -103,6 +104,8 @@ def encode_groups(run: Run, groups) -> list[tuple[list[int], list[list[int]]]]:
                     ],
                 )
             )
+    if groups and not encoded:
+        raise InputError(all_dropped(len(groups), data.prompt_tokens))
     return encoded
 
 

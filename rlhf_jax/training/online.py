@@ -20,6 +20,8 @@ from rlhf_jax.training.loop import StepOutput, train
 from rlhf_jax.training.run import Run, announce, optimizer_of, resumable, settings_of
 from rlhf_jax.training.update import make_update
 
+EVALUATED = ("reward", "reward_std", "gold_reward", "kl", "completion_length", "finished_fraction")
+
 
 def online(run: Run, name: str) -> None:
     """Sample, score, prepare, update: one step is one rollout."""
@@ -62,29 +64,47 @@ def online(run: Run, name: str) -> None:
     def batch_of(chosen):
         return run.put(pad_prompts([ids for _, ids in chosen], run.prompt_length, run.tokenizer.pad_id))
 
-    def step(state, position):
-        chosen = data.batch(position)
-        ids = batch_of(chosen)
-        key = jax.random.fold_in(jax.random.fold_in(rng, 2), position)
+    def roll(state, chosen, key):
+        """(rollout with targets, its metrics); `chosen` may be short: the rows that fill the batch weigh nothing."""
+        filled = [*chosen, *chosen[-1:] * (section.batch_size - len(chosen))]
         shared = "value" in state.trained and section.value == "shared"
         head = state.trained["value"].head if shared else None
-        batch = rollout.sample(network, base, state.trained["policy"], ids, key, sampling_config, head)
+        batch = rollout.sample(network, base, state.trained["policy"], batch_of(filled), key, sampling_config, head)
+        if len(chosen) < section.batch_size:
+            real = jnp.arange(section.batch_size)[:, None] < len(chosen)
+            batch = batch.replace(weights=batch.weights * real)
         if "value" in state.trained and not shared:
             batch = batch.replace(old_values=values_of(base, state.trained["value"], batch))
         controllers = state.controllers
         scores = scorer(base, reward, batch, controllers["reward_mean"], controllers["reward_std"])
-        batch, metrics = prepare(frozen, controllers, batch.replace(scores=scores))
+        return prepare(frozen, controllers, batch.replace(scores=scores))
+
+    def rows_of(chosen, batch):
+        texts = rollout.texts(run.tokenizer, batch)[: len(chosen)]
+        return rollout.sample_rows([readable(prompt.text) for prompt, _ in chosen], texts, batch, gold)
+
+    def step(state, position):
+        chosen = data.batch(position)
+        batch, metrics = roll(state, chosen, jax.random.fold_in(jax.random.fold_in(rng, 2), position))
         state, update_metrics = update(state, frozen, batch)
         metrics |= update_metrics | {"learning_rate": schedule(position * updates_a_step)}
         if algorithm.control is not None:
             controllers = algorithm.control(settings, state.controllers, metrics, batch.weights.size)
             state = state.replace(controllers=controllers)
+        return state, StepOutput(metrics, lambda: rows_of(chosen, batch))
 
-        def finish():
-            texts = rollout.texts(run.tokenizer, batch)
-            return rollout.sample_rows([readable(prompt.text) for prompt, _ in chosen], texts, batch, gold)
-
-        return state, StepOutput(metrics, finish)
+    def evaluate(state):
+        """The rollout's metrics on the held-out prompts, the same random numbers each time."""
+        held_out, total = run.encoded_prompts["held_out"], {}
+        if not section.eval_every_steps:
+            return total
+        for first in range(0, len(held_out), section.batch_size):
+            chosen = held_out[first : first + section.batch_size]
+            batch, metrics = roll(state, chosen, jax.random.fold_in(jax.random.fold_in(rng, 4), first))
+            metrics = jax.device_get(metrics) | rows_of(chosen, batch)[0]
+            for name, value in metrics.items():
+                total[name] = total.get(name, 0.0) + float(value) * len(chosen) / len(held_out)
+        return {name: value for name, value in total.items() if name in EVALUATED}
 
     def start(state):
         """Rewards get mean 0 and deviation 1 on samples of the reference."""
@@ -115,7 +135,9 @@ def online(run: Run, name: str) -> None:
             console=run.console,
             stop=run.stop,
             start=start,
-            best_metric="reward",
+            evaluate=evaluate,
+            eval_every_steps=section.eval_every_steps,
+            best_metric="eval/reward" if section.eval_every_steps else "reward",
         )
     meta = {k: float(v) for k, v in state.controllers.items()} | {"step": int(state.step)}
     run.save_role(name, state.trained["policy"], meta)

@@ -84,7 +84,7 @@ def sample_rows(
     if gold is not None:
         flat = [completion for row in completions for completion in row]
         repeated = [prompt for prompt, row in zip(prompts, completions, strict=True) for _ in row]
-        fields["gold_reward"] = np.array(gold(repeated, flat)).reshape(fields["reward"].shape)
+        fields["gold_reward"] = np.array(gold(repeated, flat)).reshape(len(prompts), -1)
         metrics["gold_reward"] = float(fields["gold_reward"].mean())
     rows = [
         {"prompt": prompt, "completion": completions[b][0]}

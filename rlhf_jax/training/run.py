@@ -125,10 +125,7 @@ class Run:
 
     @property
     def lora(self) -> lora.LoraConfig:
-        section = self.config.lora
-        named = {"all": lora.ATTENTION + lora.MLP, "attention": lora.ATTENTION}
-        targets = named.get(section.targets, tuple(name.strip() for name in section.targets.split(",")))
-        return lora.LoraConfig(section.rank, section.alpha, targets, section.rslora)
+        return lora.LoraConfig.from_names(**self.config.lora.to_dict())
 
     def new_role(self, rng, train: str, base: dict, head: dict | None = None, depth=None, pooling="last") -> Role:
         """A fresh role: an adapter, or (train="full") weights of its own in float32, which start as the base's."""
@@ -185,15 +182,20 @@ class Run:
 
     def encode_prompts(self, prompts) -> list[tuple[object, list[int]]]:
         """(prompt, ids) of each prompt that fits by the config's rule."""
+        encoded = [(prompt, self.encode_prompt(prompt.text, prompt.row)) for prompt in prompts]
+        kept = [(prompt, ids) for prompt, ids in encoded if ids is not None]
+        if prompts and not kept:
+            raise InputError(all_dropped(len(prompts), self.config.data.prompt_tokens))
+        return kept
+
+    def encode_prompt(self, text, row=None) -> list[int] | None:
+        """Ids by the config's rule; None if that drops it. row: where the text was found, for messages."""
         data = self.config.data
-        encoded = [
-            (
-                prompt,
-                self.tokenizer.encode_prompt(prompt.text, data.prompt_tokens, overflow=data.prompt_overflow),
-            )
-            for prompt in prompts
-        ]
-        return [(prompt, ids) for prompt, ids in encoded if ids is not None]
+        try:
+            return self.tokenizer.encode_prompt(text, data.prompt_tokens, overflow=data.prompt_overflow)
+        except InputError as error:
+            where = "" if row is None else f"{row.source}, line {row.line}: "
+            raise InputError(f"{where}{error} (config.data.prompt_tokens, config.data.prompt_overflow)") from None
 
     @functools.cached_property
     def encoded_prompts(self) -> dict:
@@ -218,6 +220,13 @@ class Run:
 
     def put(self, batch):
         return sharding.put_batch(batch, self.mesh)
+
+
+def all_dropped(count: int, prompt_tokens: int) -> str:
+    return (
+        f"None of the {count} prompts has at most config.data.prompt_tokens {prompt_tokens} tokens, and "
+        'config.data.prompt_overflow is "drop". Raise the former or choose "truncate_left".'
+    )
 
 
 def held_out(available: int, wanted: int) -> int:

@@ -21,14 +21,14 @@ def sft(run: Run) -> None:
     section, data = run.config.sft, run.config.data
     if data.sft:
         examples = run.records(data.sft, formats.examples)
-        pairs = [(example.prompt, example.completion) for example in examples]
+        groups = [(example.prompt, (example.completion,), example.row) for example in examples]
     elif run.config.model.path == "tiny":
-        pairs = run.tiny_corpus
+        groups = [(prompt, (completion,)) for prompt, completion in run.tiny_corpus]
     else:
         raise InputError(
             "config.data.sft is empty; give rows with input_text and output_text (JSONL, hub id, ...)."
         )
-    records = encode_groups(run, [(prompt, (completion,)) for prompt, completion in pairs])
+    records = encode_groups(run, groups)
     trained = {"policy": run.new_role(run.rng("sft"), section.train, run.raw_base)}
     offline(run, "sft", records, [], trained, {"base": None if section.train == "full" else run.raw_base})
 
@@ -37,7 +37,9 @@ def reward_model(run: Run, evaluator: Callable | None = None) -> None:
     """Pairwise reward model. evaluator: (run, pairs, held-out pairs, scores of those) -> None, called at the end."""
     section = run.config.reward_model
     train, test = preference_pairs(run)
-    groups = lambda pairs: encode_groups(run, [(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
+    groups = lambda pairs: encode_groups(
+        run, [(pair.prompt, (pair.chosen, pair.rejected), pair.row) for pair in pairs]
+    )
     rng = run.rng("reward_model")
     head = heads.init_reward(jax.random.fold_in(rng, 1), run.model.config.hidden_size)
     depth = section.layers or None

@@ -22,7 +22,9 @@ def settle_config(config: dict, workdir: str) -> None:
     """
     path = os.path.join(workdir, "config.json")
     now = json.loads(json.dumps(config))  # tuples as lists, as they will be read back
-    if os.path.exists(path):
+    # A run that ended before it made anything (a wrong path, say) may be corrected in place.
+    begun = set(os.listdir(workdir)) - {"config.json", "environment.json", "timing.json", ".lock"}
+    if begun and os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             before = json.load(file)
         was, become = flat(before), flat(now)

@@ -1,5 +1,6 @@
 """The whole road at a size that takes seconds, on 8 virtual devices: files, resume, and what a second run says."""
 
+import functools
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from ml_collections.config_dict import ConfigDict
 
 from experiments import cli, evaluate, export, pipeline
 from experiments import run as run_command
@@ -22,6 +24,7 @@ SMALL = [
     "ppo.steps=4",
     "ppo.batch_size=16",
     "ppo.rollout_epochs=2",
+    "ppo.eval_every_steps=4",
     "data.held_out_prompts=16",
     "data.held_out_pairs=32",
     "evaluation.batch_size=16",
@@ -36,11 +39,63 @@ def run_small(workdir, *more, config="configs/pipeline.py:tiny"):
     run_command.command([f"--config={config}", f"--workdir={workdir}", *overrides])
 
 
+class Reads:
+    """Notes which keys of which section the code asks for while it is active; check_config, which reads all, aside."""
+
+    def __init__(self, patch):
+        self.keys, self.noting = set(), True
+        get, to_dict, check = ConfigDict.__getitem__, ConfigDict.to_dict, pipeline.check_config
+
+        def noted_get(section, key):
+            if self.noting:
+                self.keys.add((frozenset(section.keys()), key))
+            return get(section, key)
+
+        def noted_to_dict(section, *args, **kwargs):
+            whole = "stages" in section.keys()  # written to config.json
+            if self.noting and not whole:
+                self.keys |= {(frozenset(section.keys()), key) for key in section.keys()}
+            return self.quietly(to_dict, section, *args, **kwargs)
+
+        patch.setattr(ConfigDict, "__getitem__", noted_get)
+        patch.setattr(ConfigDict, "to_dict", noted_to_dict)
+        patch.setattr(pipeline, "check_config", lambda *args: self.quietly(check, *args))
+        patch.setattr(cli, "override", functools.partial(self.quietly, cli.override))
+
+    def quietly(self, function, *args, **kwargs):
+        before, self.noting = self.noting, False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.noting = before
+
+    def unread(self, section, where="config"):
+        for key, value in section.items():
+            if hasattr(value, "items"):
+                yield from self.unread(value, f"{where}.{key}")
+            elif (frozenset(section.keys()), key) not in self.keys:
+                yield f"{where}.{key}"
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def first_run(tmp_path_factory):
+    """(workdir, what was read of its config)."""
     workdir = tmp_path_factory.mktemp("runs") / "small"
-    run_small(workdir)
-    return workdir
+    with pytest.MonkeyPatch.context() as patch:
+        reads = Reads(patch)
+        run_small(workdir)
+    return workdir, reads
+
+
+@pytest.fixture(scope="module")
+def finished(first_run):
+    return first_run[0]
+
+
+def test_every_key_of_the_config_is_read(first_run):
+    config = cli.load_config("configs/pipeline.py:tiny", [])
+    # These name data that replaces what the pipeline makes.
+    assert set(first_run[1].unread(config)) <= {"config.data.eval_preferences", "config.data.max_bad_records"}
 
 
 def role_tensors(workdir, stage):
@@ -77,7 +132,7 @@ def test_every_file_of_the_contract_is_there(finished):
     last = metrics[-1]
     for name in ("reward", "reward_std", "gold_reward", "kl", "kl_coeff", "entropy", "approx_kl", "clip_fraction",
                  "ratio_mean", "value_loss", "explained_variance", "completion_length", "finished_fraction", "loss",
-                 "grad_norm", "learning_rate", "tokens_per_second"):  # fmt: skip
+                 "grad_norm", "learning_rate", "tokens_per_second", "eval/reward", "eval/gold_reward", "eval/kl"):  # fmt: skip
         assert math.isfinite(last[name]), name
     sides = [[json.loads(line) for line in open(finished / f"eval_results_{s}.jsonl")] for s in ("untuned", "tuned")]
     assert [row["inputs"] for row in sides[0]] == [row["inputs"] for row in sides[1]] and len(sides[0]) == 16
@@ -122,7 +177,8 @@ def test_resuming_gives_the_same_bits_at_every_step(finished, tmp_path, monkeypa
     for _ in range(3):
         with pytest.raises(Interrupted, match="Run the same command"):
             run_small(workdir)
-    run_small(workdir)  # the last step ends the stage
+    monkeypatch.undo()
+    run_small(workdir)
     assert_same_policy(finished, workdir)
     ppo = [m for m in read_metrics(workdir / "metrics.jsonl") if m["stage"] == "ppo"]
     assert [m["step"] for m in ppo] == [1, 2, 3, 4]
@@ -148,7 +204,7 @@ def test_updates_that_stay_non_finite_end_the_run_with_the_state_saved(finished,
     head = workdir / "roles" / "reward_model" / "head.safetensors"
     from safetensors.numpy import load_file, save_file
 
-    save_file({name: x * np.float32("nan") for name, x in load_file(head).items()}, head)
+    save_file({name: np.full_like(x, np.nan) for name, x in load_file(head).items()}, head)
     with pytest.raises(NumericsError, match="rewards were NaN"):
         run_small(workdir)
     assert (workdir / "checkpoints" / "ppo").exists()

@@ -1,10 +1,13 @@
 """The sampler: its log-probabilities, its stops, its independence of neighbours, its filters and its draw."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.checkpoints import huggingface
 from rlhf_jax.errors import InputError
 from rlhf_jax.losses.logprobs import token_logprobs
 from rlhf_jax.models import heads, roles
@@ -13,6 +16,7 @@ from rlhf_jax.sampling import filters
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.types import GroupedBatch
 
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 PROMPTS = jnp.array([[0, 0, 5, 6], [9, 8, 7, 6], [0, 1, 2, 3]])
 MASK = jnp.array([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
 
@@ -155,3 +159,14 @@ def test_draw_has_the_right_frequencies(vocabulary):
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         SamplingConfig(**({"max_new_tokens": 8} | bad))
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_greedy_tokens_are_those_of_transformers(name):
+    config, params = huggingface.load_llama(str(GOLDEN / name))
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        prompts, mask, expected = (jnp.asarray(file[k]) for k in ("prompt_ids", "prompt_mask", "greedy_ids"))
+    made = generate(
+        Llama(config), params, prompts, mask, jax.random.key(0), SamplingConfig(expected.shape[1], temperature=0)
+    )
+    np.testing.assert_array_equal(made.ids[:, 0], expected)

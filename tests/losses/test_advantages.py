@@ -1,0 +1,137 @@
+"""Shaped rewards, GAE, returns and group baselines against loops in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.losses.advantages import discounted_returns, gae, group_relative, leave_one_out, shaped_rewards
+
+MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 1]])
+
+
+def arrays(n, seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return [np.float32(rng.normal(0, scale, MASK.shape)) for _ in range(n)]
+
+
+def dirty(x):
+    """NaN wherever nothing may be read."""
+    return jnp.where(MASK > 0, x, jnp.nan)
+
+
+def gae_reference(rewards, values, gamma, lam):
+    advantages = np.zeros(MASK.shape)
+    for b in range(len(MASK)):
+        advantage = value = 0.0
+        for t in reversed(np.flatnonzero(MASK[b])):
+            delta = float(rewards[b, t]) + gamma * value - float(values[b, t])
+            advantage, value = delta + gamma * lam * advantage, float(values[b, t])
+            advantages[b, t] = advantage
+    return advantages
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_gae(gamma, lam, scale):
+    rewards, values = arrays(2, scale=scale)
+    advantages, returns = gae(dirty(rewards), dirty(values), jnp.array(MASK), gamma, lam)
+    expected = gae_reference(rewards, values, gamma, lam)
+    np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-5 * scale)
+    np.testing.assert_allclose(returns, (expected + values) * MASK, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_gae_by_hand_steps_over_a_gap():
+    # Last token first: delta = 1 - 0.5 = 0.5. Then, over the gap: 0 + 0.5 - 0.2 + 0.5 * 0.5 = 0.55.
+    rewards, values = jnp.array([[0.0, 9.0, 1.0]]), jnp.array([[0.2, 9.0, 0.5]])
+    advantages, returns = gae(rewards, values, jnp.array([[1, 0, 1]]), 1.0, 0.5)
+    np.testing.assert_allclose(advantages, [[0.55, 0.0, 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(returns, [[0.75, 0.0, 1.0]], rtol=1e-6)
+
+
+def test_with_lam_1_returns_do_not_depend_on_values():
+    rewards, values = arrays(2)
+    _, returns = gae(dirty(rewards), dirty(values), jnp.array(MASK), 0.9, 1.0)
+    np.testing.assert_allclose(
+        returns, discounted_returns(dirty(rewards), jnp.array(MASK), 0.9), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_discounted_returns(gamma):
+    (rewards,) = arrays(1)
+    expected = np.zeros(MASK.shape)
+    for b in range(len(MASK)):
+        steps = np.flatnonzero(MASK[b])
+        for i, t in enumerate(steps):
+            expected[b, t] = sum(gamma**k * float(rewards[b, u]) for k, u in enumerate(steps[i:]))
+    np.testing.assert_allclose(
+        discounted_returns(dirty(rewards), jnp.array(MASK), gamma), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_shaped_rewards(kind):
+    logprobs, ref = arrays(2)
+    scores = np.float32([0.7, -1.0, 2.0, np.nan, 0.25])  # of the row without tokens: never read
+    got = shaped_rewards(jnp.array(scores), dirty(logprobs), dirty(ref), jnp.array(MASK), 0.1, kind)
+    d = np.float64(logprobs) - ref
+    kl = {"k1": d, "k2": d * d / 2, "k3": np.exp(-d) - 1 + d}[kind]
+    expected = -0.1 * kl * MASK
+    for b, t in ((0, 4), (1, 1), (2, 0), (4, 4)):
+        expected[b, t] += scores[b]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_shaped_rewards_by_hand_and_with_a_traced_coefficient():
+    logprobs, ref = jnp.array([[-1.0, -2.0, -9.0]]), jnp.array([[-1.5, -1.0, -9.0]])
+    mask = jnp.array([[1, 1, 0]])
+    got = jax.jit(lambda c: shaped_rewards(jnp.array([0.7]), logprobs, ref, mask, c))(0.2)
+    np.testing.assert_allclose(got, [[-0.1, 0.2 + 0.7, 0.0]], rtol=1e-6)
+
+
+def test_b1_rewards_keep_their_fraction_and_integers_become_floats():
+    """A well-known PPO scatters scores into an array made like the ids, and 0.7 becomes 0."""
+    zeros, mask = jnp.zeros((2, 3)), jnp.array([[1, 1, 0], [1, 1, 1]])
+    np.testing.assert_allclose(
+        shaped_rewards(jnp.array([0.7, -0.3]), zeros, zeros, mask, 0.0).sum(1), [0.7, -0.3], rtol=1e-6
+    )
+    whole = shaped_rewards(jnp.array([1, 2]), zeros + 0.5, zeros, mask, 0.1)
+    assert whole.dtype == jnp.float32
+    np.testing.assert_allclose(whole.sum(1), [0.9, 1.85], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("G", [2, 5])
+def test_group_relative(scale, G):
+    rewards = np.float32(np.random.default_rng(G).normal(10, 3, (4, G)))
+    x = np.float64(rewards)
+    deviation = {"group": x.std(1, ddof=1, keepdims=True), "batch": x.std(ddof=1), "none": None}[scale]
+    expected = x - x.mean(1, keepdims=True)
+    expected = expected if deviation is None else expected / (deviation + 1e-4)
+    np.testing.assert_allclose(group_relative(jnp.array(rewards), scale), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(group_relative(jnp.array(rewards), scale).sum(1), 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_are_exactly_0(scale):
+    rewards = jnp.array([[0.1, 0.1, 0.1], [0.7, 0.7, 0.7], [0.0, 1.0, 0.0]])
+    got = group_relative(rewards, scale)
+    assert not got[:2].any() and got[2].any()
+    assert not group_relative(jnp.full((2, 1), 3.0), "group").any()
+
+
+def test_scale_none_leaves_reward_units_and_unknown_scales_are_named():
+    got = group_relative(jnp.array([[1, 2, 6]]), "none")
+    np.testing.assert_allclose(got, [[-2.0, -1.0, 3.0]])
+    with pytest.raises(ValueError, match="expected one of group, batch, none"):
+        group_relative(jnp.ones((1, 2)), "std")
+
+
+def test_leave_one_out():
+    rewards = np.random.default_rng(0).normal(5, 2, (3, 4))
+    expected = np.array([[row[i] - np.delete(row, i).mean() for i in range(4)] for row in rewards])
+    np.testing.assert_allclose(leave_one_out(jnp.float32(rewards)), expected, rtol=1e-5, atol=1e-5)
+    assert not leave_one_out(jnp.full((2, 3), 0.1)).any()
+    with pytest.raises(ValueError, match="G is 1"):
+        leave_one_out(jnp.ones((2, 1)))

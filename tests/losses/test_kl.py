@@ -1,0 +1,75 @@
+"""KL estimators against float64 and against the true KL in expectation; the adaptive controller by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.losses.kl import adaptive_kl_update, kl_estimate
+
+FORMULA = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: np.exp(-d) - 1 + d}
+SLOPE = {"k1": lambda d: d * 0 + 1, "k2": lambda d: d, "k3": lambda d: 1 - np.exp(-d)}
+GAPS = np.array([[0.0, 1e-3, -1e-3, 0.5], [-0.5, 4.0, -4.0, 30.0]])
+
+
+@pytest.mark.parametrize("kind", FORMULA)
+def test_value_and_gradient(kind):
+    ref = np.full(GAPS.shape, -2.0)
+    got = kl_estimate(jnp.float32(ref + GAPS), jnp.float32(ref), kind)
+    np.testing.assert_allclose(got, FORMULA[kind](GAPS), rtol=1e-5, atol=2e-7)
+    grad = jax.grad(lambda lp: kl_estimate(lp, jnp.float32(ref), kind).sum())(jnp.float32(ref + GAPS))
+    np.testing.assert_allclose(grad, SLOPE[kind](GAPS), rtol=1e-5, atol=5e-7)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_unbiased_over_every_token_of_a_vocabulary(kind):
+    logp, ref = (jax.nn.log_softmax(jax.random.normal(jax.random.key(i), (50,))) for i in (0, 1))
+    exact = float((jnp.exp(logp) * (logp - ref)).sum())
+    np.testing.assert_allclose((jnp.exp(logp) * kl_estimate(logp, ref, kind)).sum(), exact, rtol=1e-4)
+    assert exact > 0.5
+
+
+def test_k2_and_k3_are_never_negative_and_bfloat16_is_widened():
+    logp = jax.random.normal(jax.random.key(0), (100,))
+    ref = logp + 1e-3 * jax.random.normal(jax.random.key(1), (100,))
+    for kind in ("k2", "k3"):
+        assert float(kl_estimate(logp, ref, kind).min()) >= -1e-9
+    assert kl_estimate(logp.astype(jnp.bfloat16), ref.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_unknown_kind_is_named():
+    with pytest.raises(ValueError, match="'kl'; expected one of k1, k2, k3"):
+        kl_estimate(jnp.zeros(2), jnp.zeros(2), "kl")
+
+
+@pytest.mark.parametrize(
+    "observed, expected",
+    [
+        (6.0, 0.15),  # on target
+        (6.6, 0.15 * (1 + 0.1 * 64 / 10_000)),
+        (600.0, 0.15 * (1 + 0.2 * 64 / 10_000)),  # clipped
+        (0.0, 0.15 * (1 - 0.2 * 64 / 10_000)),
+        (-5.0, 0.15 * (1 - 0.2 * 64 / 10_000)),  # an estimate may be negative
+        (np.inf, 0.15 * (1 + 0.2 * 64 / 10_000)),
+        (np.nan, 0.15),
+    ],
+)
+def test_controller(observed, expected):
+    got = adaptive_kl_update(
+        jnp.float32(0.15), jnp.float32(observed), target=6.0, horizon=10_000, batch_size=64
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_controller_never_goes_below_0():
+    got = adaptive_kl_update(jnp.float32(0.1), jnp.float32(0.0), target=1.0, horizon=10, batch_size=1000)
+    assert float(got) == 0.0
+
+
+def test_controller_finds_the_coefficient_that_holds_the_target():
+    """A policy whose KL is 2 / kl_coeff nats: the coefficient for 4 nats is 0.5."""
+    coeff = jnp.float32(0.01)
+    step = jax.jit(lambda c: adaptive_kl_update(c, 2.0 / c, target=4.0, horizon=1000, batch_size=100))
+    for _ in range(1000):
+        coeff = step(coeff)
+    np.testing.assert_allclose(coeff, 0.5, rtol=1e-3)
