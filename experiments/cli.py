@@ -135,7 +135,9 @@ def main(command, argv=None) -> None:
     # A hub that cannot be reached should say so once, not after a minute of retries in the background.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is missing is as it should be
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # that PyTorch is missing is as it should be
     try:
         command(argv)
     except RunError as error:

@@ -53,7 +53,7 @@ def side_by_side_and_report(run) -> None:
         gold_name=rules.DESCRIPTIONS[config.gold] if config.gold else "",
         sampling=run.config.sampling.to_dict() | {"temperature": section.temperature},
     )
-    report.write_report(run.workdir)
+    report.write_report(run.workdir, kl_limit=section.max_kl)
     curves.save_summary_png(run.workdir)
 
 

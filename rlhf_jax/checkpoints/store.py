@@ -10,11 +10,9 @@ import gc
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.checkpoints import quiet
+from rlhf_jax.checkpoints.digest import digest, named_leaves
 from rlhf_jax.errors import InputError, StorageError
+from rlhf_jax.parallel import hosts
 
 CORRUPT, TRASH = "corrupt", "trash"
 SPARE_BYTES = 1 << 20  # for what surrounds the arrays
@@ -66,7 +67,7 @@ class CheckpointStore:
         self._contents = {}  # {acknowledged step: what its meta item holds}
         self._pending = None  # (step, contents) of the save under way
         self._manager = None
-        _quiet_orbax()
+        quiet.quiet_orbax()
         try:
             os.makedirs(self.directory, exist_ok=True)
             self._list()
@@ -121,7 +122,7 @@ class CheckpointStore:
         """
         self.wait()
         meta = json.loads(json.dumps(meta, allow_nan=False))  # as it will be read back
-        leaves = _named_leaves(state)
+        leaves = named_leaves(state)
         self._check_room(step, leaves)
         digests = digest(state)
         content = {
@@ -160,7 +161,7 @@ class CheckpointStore:
         except Exception as error:
             raise self._failed(f"step {step} could not be saved: {_one_line(error)}") from error
         _, reason = self._read_content(step)
-        if _agree(DAMAGED if reason else FOUND) != FOUND:
+        if hosts.agree(DAMAGED if reason else FOUND) != FOUND:
             raise self._failed(
                 f"step {step} could not be saved: {reason or 'another process cannot read it'}"
             )
@@ -203,7 +204,7 @@ class CheckpointStore:
         return self._first_good(self._best_first(self._contents), abstract_state)
 
     def _first_good(self, order: list[int], abstract_state) -> Restored | None:
-        asked, structure = _named_leaves(abstract_state), jax.tree.structure(abstract_state)
+        asked, structure = named_leaves(abstract_state), jax.tree.structure(abstract_state)
         asked = {name: _placed(name, x) for name, x in asked.items()}
         problems = []
         for step in order:
@@ -246,7 +247,7 @@ class CheckpointStore:
 
         arrays, code, reason = {}, FOUND, None
         wanted = {name: x for name, x in asked.items() if math.prod(x.shape)}
-        with _no_unraisable():
+        with quiet.no_unraisable():
             try:
                 item = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
                 arrays = dict(self._manager.restore(step, args=item)["state"])
@@ -262,7 +263,7 @@ class CheckpointStore:
                 code, reason = UNREADABLE if mild else DAMAGED, _one_line(error)
             if code != FOUND:
                 gc.collect()  # orbax leaves coroutines half run; each would print a traceback when it goes
-        code = _agree(code)
+        code = hosts.agree(code)
         if code == UNREADABLE:
             raise StorageError(
                 f"{self._path(step)} could not be read: {reason or 'another process could not read it'}. It may be "
@@ -305,7 +306,7 @@ class CheckpointStore:
                     moved.append(
                         f"checkpoint {name} is not whole ({reason}); kept in {self._move_aside(name)}"
                     )
-        _sync()
+        hosts.sync()
         names = sorted(filter(str.isdigit, os.listdir(self.directory)), key=int)
         self._contents = {int(name): self._read_content(name)[0] for name in names}
         for line in moved:
@@ -334,7 +335,7 @@ class CheckpointStore:
             self._manager.close()
         del self._contents[step]
         place = self._move_aside(str(step)) if jax.process_index() == 0 else CORRUPT
-        _sync()
+        hosts.sync()
         self._open()
         return f"checkpoint step {step} is damaged ({reason}; kept in {place})"
 
@@ -414,66 +415,6 @@ class _Policy:
         return [info.step in kept for info in checkpoints]
 
 
-def digest(tree) -> dict[str, int]:
-    """{leaf path: 64 bits of its values and their order}, the same on every mesh and number of devices."""
-    leaves = _named_leaves(tree)
-    groups = {}  # one jit call takes arrays of one set of devices
-    for name, x in leaves.items():
-        devices = frozenset(x.sharding.device_set) if isinstance(x, jax.Array) else None
-        groups.setdefault(devices, {})[name] = x
-    digests = {}
-    for group in groups.values():
-        halves = jax.device_get(_digests(list(group.values())))
-        digests |= {name: int(high) << 32 | int(low) for name, (high, low) in zip(group, halves, strict=True)}
-    return digests
-
-
-@jax.jit
-def _digests(leaves: list):
-    return [_leaf_digest(x) for x in leaves]
-
-
-def _leaf_digest(x):
-    """Two sums modulo 2^32. Sums of integers do not depend on their order, hence not on the mesh. The first has odd
-    factors: it changes with any one flipped bit. The second is of values scrambled with their position."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        x = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}"))
-    elif x.dtype.itemsize == 8:
-        x = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    bits, position, stride = x.astype(jnp.uint32), jnp.zeros(x.shape, jnp.uint32), 1
-    for axis in reversed(range(x.ndim)):
-        position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    scrambled = bits ^ (position * jnp.uint32(0x9E3779B9))
-    for factor, shift in ((0x85EBCA6B, 13), (0xC2B2AE35, 16)):  # the finalizer of MurmurHash3
-        scrambled = (scrambled ^ (scrambled >> 16)) * jnp.uint32(factor)
-        scrambled ^= scrambled >> shift
-    total = lambda values: jnp.sum(values, dtype=jnp.uint32)
-    return total(bits * (2 * position + 1)), total(scrambled)
-
-
-def _named_leaves(tree) -> dict:
-    """{path: leaf}; flat, so that None, empty containers and named tuples need no care on disk."""
-    named = {}
-    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in named:
-            raise ValueError(f"two leaves have the path {name}")
-        if not hasattr(x, "shape") or not hasattr(x, "dtype"):
-            raise TypeError(f"{name} is {x!r}; only arrays can be kept in a checkpoint")
-        plain = jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool
-        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and (
-            not plain
-            or jnp.issubdtype(x.dtype, jnp.complexfloating)
-            or jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
-        ):
-            raise TypeError(f"{name} has dtype {x.dtype}, which cannot be kept in a checkpoint as it is")
-        named[name] = np.asarray(x) if isinstance(x, np.generic) else x
-    return named
-
-
 def _placed(name: str, x):
     sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
@@ -502,44 +443,3 @@ def _seal(content: dict) -> str:
 def _one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
-
-
-def _agree(code: int) -> int:
-    """The worst code of all processes."""
-    if jax.process_count() == 1:
-        return code
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.process_allgather(np.int32(code)).max())
-
-
-def _sync() -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("checkpoint directories")
-
-
-@contextlib.contextmanager
-def _no_unraisable():
-    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-
-
-def _quiet_orbax() -> None:
-    """It logs tracebacks of errors that it also raises; ours is the one message."""
-    from absl import (
-        logging as absl_logging,
-    )  # which knows the file a record comes from, if it makes its logger itself
-
-    for logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
-        if _is_not_orbax not in logger.filters:
-            logger.addFilter(_is_not_orbax)
-
-
-def _is_not_orbax(record) -> bool:
-    text = record.getMessage() if "never retrieved" in str(record.msg) else record.pathname
-    return f"{os.sep}orbax{os.sep}" not in text and "tensorstore" not in text

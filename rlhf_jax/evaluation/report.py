@@ -16,11 +16,12 @@ MOMENTS, SAMPLES_A_MOMENT = 6, 3  # samples through training
 PROXY, GOLD = "Learned reward", "True reward"
 
 
-def write_report(workdir):
+def write_report(workdir, kl_limit=10.0):
     """Writes workdir/report.html from the files in workdir.
+    Args: kl_limit: nats a completion; the page warns where the tuned model is further from its start.
     Returns: its path."""
     run = load_run(workdir)
-    findings = warning_signs(run)
+    findings = warning_signs(run, kl_limit=kl_limit)
     sections = [
         ("changes", "What changed", _changes(run)),
         ("signs", "Warning signs", _signs(findings)),

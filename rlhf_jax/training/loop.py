@@ -19,8 +19,9 @@ from rlhf_jax.errors import Interrupted, NumericsError
 from rlhf_jax.training import state as states
 from rlhf_jax.training.metrics import METRICS_FILE, CompletionsLog, MetricsWriter, truncate_after
 
+# On the console; everything is in metrics.jsonl.
 SHOWN = ("reward", "gold_reward", "kl", "loss", "accuracy", "eval/accuracy", "eval/loss", "eval/reward",
-         "eval/gold_reward", "eval/kl", "entropy", "clip_fraction", "tokens_per_second")  # on the console; everything is in metrics.jsonl  # fmt: skip
+         "eval/gold_reward", "eval/kl", "entropy", "clip_fraction", "tokens_per_second")  # fmt: skip
 SKIPS_IN_A_ROW, SKIPS_IN_100 = 3, 10  # non-finite updates that end a run
 INVALID_REWARDS = 0.1  # fraction of a step's rewards that may be NaN or infinite
 

@@ -69,7 +69,9 @@ def online(run: Run, name: str) -> None:
         filled = [*chosen, *chosen[-1:] * (section.batch_size - len(chosen))]
         shared = "value" in state.trained and section.value == "shared"
         head = state.trained["value"].head if shared else None
-        batch = rollout.sample(network, base, state.trained["policy"], batch_of(filled), key, sampling_config, head)
+        batch = rollout.sample(
+            network, base, state.trained["policy"], batch_of(filled), key, sampling_config, head
+        )
         if len(chosen) < section.batch_size:
             real = jnp.arange(section.batch_size)[:, None] < len(chosen)
             batch = batch.replace(weights=batch.weights * real)

@@ -127,7 +127,9 @@ class Run:
     def lora(self) -> lora.LoraConfig:
         return lora.LoraConfig.from_names(**self.config.lora.to_dict())
 
-    def new_role(self, rng, train: str, base: dict, head: dict | None = None, depth=None, pooling="last") -> Role:
+    def new_role(
+        self, rng, train: str, base: dict, head: dict | None = None, depth=None, pooling="last"
+    ) -> Role:
         """A fresh role: an adapter, or (train="full") weights of its own in float32, which start as the base's."""
         config = roles.shallower(self.model.config, depth)
         if train == "full":
@@ -172,8 +174,10 @@ class Run:
     def prompt_sets(self) -> dict:
         """{"train": prompts, "held_out": prompts}: formats.Prompt each; held out from the end unless given."""
         data = self.config.data
-        train = self.records(data.prompts, formats.prompts) if data.prompts else formats.prompts(
-            sources.openings(), instruction=data.instruction
+        train = (
+            self.records(data.prompts, formats.prompts)
+            if data.prompts
+            else formats.prompts(sources.openings(), instruction=data.instruction)
         )
         if data.eval_prompts:
             return {"train": train, "held_out": self.records(data.eval_prompts, formats.prompts)}
@@ -195,7 +199,9 @@ class Run:
             return self.tokenizer.encode_prompt(text, data.prompt_tokens, overflow=data.prompt_overflow)
         except InputError as error:
             where = "" if row is None else f"{row.source}, line {row.line}: "
-            raise InputError(f"{where}{error} (config.data.prompt_tokens, config.data.prompt_overflow)") from None
+            raise InputError(
+                f"{where}{error} (config.data.prompt_tokens, config.data.prompt_overflow)"
+            ) from None
 
     @functools.cached_property
     def encoded_prompts(self) -> dict:

@@ -3,7 +3,6 @@
 import collections
 import json
 import os
-import pathlib
 import random
 import re
 import shutil
@@ -21,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax.checkpoints import store as stores
-from rlhf_jax.checkpoints.store import CheckpointStore, digest
+from rlhf_jax.checkpoints.digest import digest
+from rlhf_jax.checkpoints.store import CheckpointStore
 from rlhf_jax.errors import InputError, StorageError
 
 
@@ -414,123 +414,6 @@ def test_meshes(tmp_path):
             assert all(restored[k].sharding == asked[k].sharding for k in asked)
         bare = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in state.items()}
         assert bits(store.restore(bare).state) == bits(state)
-
-
-def reference_digest(values):
-    """Written anew with Python's integers, over little-endian words."""
-    word = min(values.dtype.itemsize, 4)
-    words = np.frombuffer(values.tobytes(), f"<u{word}").tolist()
-    if np.issubdtype(values.dtype, np.signedinteger):
-        words = [int(x) % 2**32 for x in values.ravel()]
-    first = second = 0
-    for i, bits_ in enumerate(words):
-        first += bits_ * (2 * i + 1)
-        x = bits_ ^ (i * 0x9E3779B9 % 2**32)
-        x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
-        x ^= x >> 13
-        x = (x ^ (x >> 16)) * 0xC2B2AE35 % 2**32
-        second += x ^ (x >> 16)
-    return (first % 2**32) << 32 | second % 2**32
-
-
-def test_digest_against_integers_and_every_bit():
-    rng = np.random.default_rng(0)
-    values = {
-        "f32": rng.normal(size=(3, 5, 2)).astype(np.float32),
-        "bf16": rng.normal(size=(4, 4)).astype(jnp.bfloat16),
-        "i8": rng.integers(-100, 100, size=7).astype(np.int8),
-        "i32": rng.integers(-(2**31), 2**31, size=(2, 3)).astype(np.int32),
-        "bool": rng.normal(size=9) > 0,
-        "scalar": np.float32(0.1) * np.ones((), np.float32),
-        "empty": np.zeros((0, 4), np.float32),
-    }
-    expected = {name: reference_digest(x) for name, x in values.items()}
-    assert digest(values) == expected
-    assert digest(jax.tree.map(jnp.asarray, values)) == expected
-    key = jax.random.key(5)
-    assert digest({"k": key}) == {"k": reference_digest(np.asarray(jax.random.key_data(key)))}
-
-    x = values["f32"]
-    for bit in rng.integers(0, x.size * 32, size=40):
-        flipped = x.copy()
-        flipped.view(np.uint32).reshape(-1)[bit // 32] ^= np.uint32(1 << (bit % 32))
-        assert digest({"f32": flipped})["f32"] >> 32 != expected["f32"] >> 32
-    assert digest({"f32": x.swapaxes(0, 1).copy().reshape(x.shape)})["f32"] != expected["f32"]
-    assert digest({"z": jnp.float32(0.0)}) != digest({"z": jnp.float32(-0.0)})
-
-
-KILLS = """
-import os, random, signal, sys, time
-import jax, jax.numpy as jnp
-import orbax.checkpoint
-from rlhf_jax.checkpoints.store import CheckpointStore
-
-directory, acknowledged = sys.argv[1], sys.argv[2]
-
-def state_of(step):
-    return {"x": jnp.arange(4096) * step, "k": jax.random.key(step)}
-
-def child():
-    with open(acknowledged) as file:
-        promised = int(file.read() or 0)
-    with CheckpointStore(directory, best_metric="reward", log=lambda line: os._exit(9)) as store:
-        asked = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state_of(0))
-        restored = store.restore(asked)
-        step = restored.step if restored else 0
-        if step < promised:
-            os._exit(8)
-        if restored and not (restored.state["x"] == state_of(step)["x"]).all():
-            os._exit(7)
-        os.write(ready, b"x")
-        while True:
-            step += 1
-            store.save(step, state_of(step), {"step": step}, {"reward": -step})
-            done = str(store.acknowledged_step or 0)
-            with open(acknowledged + ".new", "w") as file:
-                file.write(done)
-            os.replace(acknowledged + ".new", acknowledged)
-
-rng = random.Random(0)
-for _ in range(5):
-    wait, ready = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            child()
-        finally:
-            os._exit(6)
-    os.close(ready)
-    os.read(wait, 1)
-    time.sleep(rng.uniform(0.05, 0.6))
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    os.close(wait)
-    if not os.WIFSIGNALED(status):
-        sys.exit(f"child ended by itself: {os.WEXITSTATUS(status)}")
-"""
-
-
-def test_kills_during_saves_lose_nothing_acknowledged(tmp_path):
-    acknowledged = tmp_path / "acknowledged"
-    acknowledged.write_text("0")
-    directory = tmp_path / "steps"
-    command = [sys.executable, "-c", KILLS, str(directory), str(acknowledged)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    promised = int(acknowledged.read_text())
-    assert promised >= 5  # it gets on
-    log = []
-    with open_store(directory, log) as store:
-        asked = {
-            "x": jax.ShapeDtypeStruct((4096,), jnp.int32),
-            "k": jax.ShapeDtypeStruct((), jax.random.key(0).dtype),
-        }
-        restored = store.restore(asked)
-        assert restored.step >= promised and log == []
-        np.testing.assert_array_equal(restored.state["x"], np.arange(4096) * restored.step)
-        store.save(restored.step + 1, restored.state, {})
-    left = {path.name for path in pathlib.Path(directory).iterdir()}
-    assert not any("tmp" in name for name in left) and "corrupt" not in left and "trash" not in left
 
 
 def test_meta_item_is_plain_json_that_names_every_leaf(states, two_steps):

@@ -132,9 +132,13 @@ def test_every_file_of_the_contract_is_there(finished):
     last = metrics[-1]
     for name in ("reward", "reward_std", "gold_reward", "kl", "kl_coeff", "entropy", "approx_kl", "clip_fraction",
                  "ratio_mean", "value_loss", "explained_variance", "completion_length", "finished_fraction", "loss",
-                 "grad_norm", "learning_rate", "tokens_per_second", "eval/reward", "eval/gold_reward", "eval/kl"):  # fmt: skip
+                 "grad_norm", "learning_rate", "tokens_per_second", "eval/reward", "eval/gold_reward",
+                 "eval/kl"):  # fmt: skip
         assert math.isfinite(last[name]), name
-    sides = [[json.loads(line) for line in open(finished / f"eval_results_{s}.jsonl")] for s in ("untuned", "tuned")]
+    sides = [
+        [json.loads(line) for line in open(finished / f"eval_results_{s}.jsonl")]
+        for s in ("untuned", "tuned")
+    ]
     assert [row["inputs"] for row in sides[0]] == [row["inputs"] for row in sides[1]] and len(sides[0]) == 16
     assert set(sides[0][0]) == {"inputs", "prediction"}
     assert set(sides[0][0]["inputs"]) == {"inputs_pretokenized", "targets_pretokenized"}
@@ -149,7 +153,9 @@ def test_the_first_update_of_a_rollout_starts_at_ratio_one(finished):
 
 
 def test_a_second_run_says_it_is_done_and_computes_nothing(finished, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "STAGES", dict.fromkeys(pipeline.STAGES, lambda run: pytest.fail("a stage ran")))
+    monkeypatch.setattr(
+        pipeline, "STAGES", dict.fromkeys(pipeline.STAGES, lambda run: pytest.fail("a stage ran"))
+    )
     run_small(finished)
     assert "are done" in capsys.readouterr().out
 
@@ -184,7 +190,9 @@ def test_resuming_gives_the_same_bits_at_every_step(finished, tmp_path, monkeypa
     assert [m["step"] for m in ppo] == [1, 2, 3, 4]
     before = [m for m in read_metrics(finished / "metrics.jsonl") if m["stage"] == "ppo"]
     for a, b in zip(before, ppo, strict=True):
-        assert {k: v for k, v in a.items() if k not in CLOCK} == {k: v for k, v in b.items() if k not in CLOCK}
+        assert {k: v for k, v in a.items() if k not in CLOCK} == {
+            k: v for k, v in b.items() if k not in CLOCK
+        }
 
 
 CLOCK = ("time", "step_seconds", "tokens_per_second")
@@ -213,7 +221,9 @@ def test_updates_that_stay_non_finite_end_the_run_with_the_state_saved(finished,
 def test_evaluate_command_makes_the_results_again(finished, tmp_path):
     workdir = copy_without(finished, tmp_path / "again", "evaluation.json", "eval_results_tuned.jsonl")
     evaluate.command([f"--workdir={workdir}"])
-    assert (workdir / "eval_results_tuned.jsonl").read_text() == (finished / "eval_results_tuned.jsonl").read_text()
+    assert (workdir / "eval_results_tuned.jsonl").read_text() == (
+        finished / "eval_results_tuned.jsonl"
+    ).read_text()
 
 
 def test_exported_weights_are_base_and_adapter(finished, tmp_path):
@@ -231,7 +241,9 @@ def test_exported_weights_are_base_and_adapter(finished, tmp_path):
     beside = Llama(config).apply({"params": base}, ids, jnp.ones_like(ids), adapter)
     inside = Llama(config).apply({"params": merged}, ids, jnp.ones_like(ids))
     np.testing.assert_allclose(beside, inside, atol=1e-4)
-    assert float(jnp.abs(inside - Llama(config).apply({"params": base}, ids, jnp.ones_like(ids))).max()) > 1e-3
+    assert (
+        float(jnp.abs(inside - Llama(config).apply({"params": base}, ids, jnp.ones_like(ids))).max()) > 1e-3
+    )
 
 
 def test_the_stop_request_is_set_by_sigterm_and_handlers_are_put_back():

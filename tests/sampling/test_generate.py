@@ -117,9 +117,8 @@ def test_greedy_is_the_argmax_at_every_step(tiny_llama):
 
 def test_padding_of_the_vocabulary_is_never_sampled(tiny_llama):
     model, params = tiny_llama
-    made = generate(
-        model, params, PROMPTS, MASK, jax.random.key(0), SamplingConfig(12, temperature=5.0, num_completions=8, vocab_size=10)
-    )  # fmt: skip
+    sampling = SamplingConfig(12, temperature=5.0, num_completions=8, vocab_size=10)
+    made = generate(model, params, PROMPTS, MASK, jax.random.key(0), sampling)
     assert np.array(made.ids).max() < 10
 
 
@@ -167,6 +166,11 @@ def test_greedy_tokens_are_those_of_transformers(name):
     with np.load(GOLDEN / f"{name}.npz") as file:
         prompts, mask, expected = (jnp.asarray(file[k]) for k in ("prompt_ids", "prompt_mask", "greedy_ids"))
     made = generate(
-        Llama(config), params, prompts, mask, jax.random.key(0), SamplingConfig(expected.shape[1], temperature=0)
+        Llama(config),
+        params,
+        prompts,
+        mask,
+        jax.random.key(0),
+        SamplingConfig(expected.shape[1], temperature=0),
     )
     np.testing.assert_array_equal(made.ids[:, 0], expected)
