@@ -5,6 +5,7 @@ import os
 from experiments import evaluate
 from rlhf_jax.checkpoints.lock import WorkdirLock
 from rlhf_jax.data import formats
+from rlhf_jax.errors import InputError
 from rlhf_jax.training import stages
 from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.console import Console
@@ -22,7 +23,10 @@ def run(config, workdir: str, command: str) -> None:
     """All stages of the config that are not done yet. command: what was typed, for environment.json."""
     check_config(config, tuple(STAGES))
     console = Console(log_every_steps=config.logging.log_every_steps)
-    os.makedirs(workdir, exist_ok=True)
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir: {workdir} cannot be made a directory ({error.strerror}).") from None
     with WorkdirLock(workdir), StopRequest() as stop:
         settle_config(config.to_dict(), workdir)
         made = Run(config, workdir, console, stop)
@@ -30,24 +34,25 @@ def run(config, workdir: str, command: str) -> None:
         if todo:
             keep_compiled_programs()
             write_environment(workdir, config.to_dict(), command)
-            read_data(made, todo)
         else:
             console.note(f"all stages of {workdir} are done: {', '.join(config.stages)}")
         for stage in todo:
             with phase(workdir, stage):
+                if stage == todo[0]:
+                    read_data(made, todo)
                 STAGES[stage](made)
         evaluate.tell(made)
 
 
 def read_data(run: Run, todo: list[str]) -> None:
-    """Reads every file that a stage will read, so that a wrong line shows now and not after hours of another stage."""
+    """Reads what the stages will read, so that a wrong line or prompt shows now and not after hours of training."""
     data = run.config.data
     if "sft" in todo and data.sft:
         run.records(data.sft, formats.examples)
     if "reward_model" in todo and data.preferences:
         stages.preference_pairs(run)
     if set(todo) - {"sft", "reward_model"}:
-        _ = run.prompt_sets
+        _ = run.prompt_sets, run.encoded_prompts  # kept by the run; files first, then the tokenizer
 
 
 def is_done(run: Run, stage: str) -> bool:

@@ -43,24 +43,20 @@ def read_parameters(path: str) -> dict:
     for name in parameters:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            raise InputError(
-                f"{path}: unknown parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
-            )
+            hint = f"did you mean {near[0]!r}?" if near else f"the parameters are {', '.join(known)}."
+            raise InputError(f"{path}: unknown parameter {name!r}; {hint}")
     for name in vertex.REQUIRED:
-        if not isinstance(parameters.get(name), str) or not parameters[name]:
-            raise InputError(
-                f"{path}: {name!r} is required, a non-empty string; found {parameters.get(name)!r}."
-            )
+        value = parameters.get(name)
+        if not isinstance(value, str) or not value:
+            raise InputError(f"{path}: {name!r} is required, a non-empty string; found {json.dumps(value)}.")
     reference = parameters["large_model_reference"]
     if reference.lower().startswith(NOT_LLAMA):
         raise InputError(
             f"{path}: large_model_reference {reference!r} is not of the Llama family; expected one of "
             f"{', '.join(vertex.SIZES)}, or a local directory or Hugging Face id of a Llama-family checkpoint."
         )
-    given = vertex.DEFAULTS.keys() & parameters.keys()
-    return parameters | {
-        name: _checked(path, name, parameters[name], vertex.DEFAULTS[name]) for name in given
-    }
+    given = [name for name in vertex.DEFAULTS if name in parameters]
+    return parameters | {name: _checked(path, name, parameters[name], vertex.DEFAULTS[name]) for name in given}
 
 
 def _checked(path, name, value, default):

@@ -70,7 +70,10 @@ class LlamaConfig:
         Raises: InputError naming the file and the setting that is missing or not supported.
         """
         source, raw = _read(path_or_dict)
-        fields = _shape(raw, source) | {"rope_theta": _rope(raw)[0], "rope_scaling": _scaling(raw, source)}
+        fields = _shape(raw, source) | {
+            "rope_theta": _rope(raw, source)[0],
+            "rope_scaling": _scaling(raw, source),
+        }
         return cls(**(fields | overrides))
 
     def to_huggingface(self) -> dict:
@@ -124,6 +127,8 @@ def _read(path_or_dict):
         ) from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}).") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a JSON object.")
     return path, raw
@@ -149,8 +154,17 @@ def _shape(raw, source):
             raise InputError(f"{source}: {key} is {value!r}; expected a positive whole number.")
         return value
 
+    def flag(key):
+        value = raw.get(key)
+        if value not in (True, False, None):
+            raise InputError(f"{source}: {key} is {value!r}; expected true or false.")
+        return bool(value)
+
     heads, width = integer("num_attention_heads"), integer("hidden_size")
     eos = raw.get("eos_token_id")
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int and i >= 0 for i in eos):
+        raise InputError(f"{source}: eos_token_id is {raw['eos_token_id']!r}; expected a token id, or a list of them.")
     return {
         "vocab_size": integer("vocab_size"),
         "hidden_size": width,
@@ -160,25 +174,33 @@ def _shape(raw, source):
         "num_kv_heads": integer("num_key_value_heads", heads),
         "head_dim": integer("head_dim", width // heads),
         "max_position": integer("max_position_embeddings", 2048),
-        "rms_norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
-        "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        "attention_bias": bool(raw.get("attention_bias", False)),
-        "mlp_bias": bool(raw.get("mlp_bias", False)),
-        "initializer_range": float(raw.get("initializer_range", 0.02)),
+        "rms_norm_eps": _number(raw, "rms_norm_eps", 1e-6, source),
+        "tie_embeddings": flag("tie_word_embeddings"),
+        "attention_bias": flag("attention_bias"),
+        "mlp_bias": flag("mlp_bias"),
+        "initializer_range": _number(raw, "initializer_range", 0.02, source),
         "bos_id": raw.get("bos_token_id"),
-        "eos_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        "eos_ids": tuple(eos),
     }
 
 
-def _rope(raw):
+def _number(raw, key, default, source):
+    value = default if raw.get(key) is None else raw[key]
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise InputError(f"{source}: {key} is {value!r}; expected a number.")
+    return float(value)
+
+
+def _rope(raw, source):
     """(theta, the dict of scaling settings) from either layout."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    return float(10000.0 if theta is None else theta), rope
+    if not isinstance(rope, dict):
+        raise InputError(f"{source}: the rope settings are {rope!r}; expected a JSON object.")
+    return _number(raw | rope, "rope_theta", 10000.0, source), rope
 
 
 def _scaling(raw, source):
-    _, rope = _rope(raw)
+    _, rope = _rope(raw, source)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -194,7 +216,7 @@ def _scaling(raw, source):
             )
     if kind == "linear":
         return RopeScaling("linear", float(rope["factor"]))
-    original = rope.get("original_max_position_embeddings", raw.get("original_max_position_embeddings", 8192))
+    original = _number(raw | rope, "original_max_position_embeddings", 8192, source)
     return RopeScaling(
         "llama3",
         float(rope["factor"]),

@@ -43,6 +43,10 @@ def reward_model(run: Run, evaluator: Callable | None = None) -> None:
     rng = run.rng("reward_model")
     head = heads.init_reward(jax.random.fold_in(rng, 1), run.model.config.hidden_size)
     depth = section.layers or None
+    if section.layers > run.model.config.num_layers:
+        raise InputError(
+            f"config.reward_model.layers is {section.layers}; this model has {run.model.config.num_layers}."
+        )
     trained = {"reward": run.new_role(rng, section.train, run.base, head, depth, section.pooling)}
     scores = offline(run, "reward_model", groups(train), groups(test), trained, {"base": run.base})
     if evaluator is not None and test:
