@@ -194,9 +194,9 @@ class Run:
 
     def encode_prompt(self, text, row=None) -> list[int] | None:
         """Ids by the config's rule; None if that drops it. row: where the text was found, for messages."""
-        data = self.config.data
+        data, tokenizer = self.config.data, self.tokenizer
         try:
-            return self.tokenizer.encode_prompt(text, data.prompt_tokens, overflow=data.prompt_overflow)
+            return tokenizer.encode_prompt(text, data.prompt_tokens, overflow=data.prompt_overflow)
         except InputError as error:
             where = "" if row is None else f"{row.source}, line {row.line}: "
             raise InputError(
