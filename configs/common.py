@@ -56,7 +56,9 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         num_completions=4,  # a prompt
         rollout_epochs=2,  # passes over one rollout
         num_minibatches=2,  # updates a pass
-        value="shared",  # the value head reads the policy's states; own: an adapter (or weights) of its own
+        # Whose states the value head reads: the policy's (shared), those of an adapter or weights of its own (own), or
+        # of a copy of the reward model (reward).
+        value="shared",
         reward_reference_batches=2,  # rollouts of the reference over which rewards get mean 0 and deviation 1
         kl_coeff=0.05,  # reward units a nat of KL(policy || reference); 0: the reference is never run
         kl_kind="k1",

@@ -120,10 +120,9 @@ def write(
             if key in side:
                 values = np.asarray(side[key], np.float64)
                 summary[f"{name}/{key}"] = float(values.mean())
-                # Completions of one prompt are not independent: the error is over prompts.
-                summary[f"{name}/{key}_stderr"] = float(
-                    values.mean(1).std(ddof=1) / max(len(values), 2) ** 0.5
-                )
+                if len(values) > 1:  # of one prompt there is none, and NaN is not JSON
+                    # Completions of one prompt are not independent: the error is over prompts.
+                    summary[f"{name}/{key}_stderr"] = float(values.mean(1).std(ddof=1) / len(values) ** 0.5)
     evaluation = {
         "num_prompts": len(prompts),
         "num_completions": len(untuned["texts"][0]),

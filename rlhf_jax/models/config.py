@@ -164,7 +164,9 @@ def _shape(raw, source):
     eos = raw.get("eos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int and i >= 0 for i in eos):
-        raise InputError(f"{source}: eos_token_id is {raw['eos_token_id']!r}; expected a token id, or a list of them.")
+        raise InputError(
+            f"{source}: eos_token_id is {raw['eos_token_id']!r}; expected a token id, or a list of them."
+        )
     return {
         "vocab_size": integer("vocab_size"),
         "hidden_size": width,

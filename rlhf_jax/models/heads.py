@@ -24,5 +24,10 @@ def apply(head: dict, hidden) -> jax.Array:
     return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
 
 
+def normalised(head: dict, mean, std) -> dict:
+    """The head whose output is (old output - mean) / std."""
+    return {"kernel": head["kernel"] / std, "bias": (head["bias"] - mean) / std}
+
+
 def logical_axes(head: dict) -> dict:
     return {"kernel": ("norm",), "bias": ()}

@@ -26,6 +26,11 @@ class Role:
     def params(self, frozen_base: dict) -> dict:
         return frozen_base if self.base is None else self.base
 
+    @property
+    def is_head_only(self) -> bool:
+        """Reads the states of another role."""
+        return self.adapter is None and self.base is None
+
 
 def states(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
     """[B, G, R + 1, D]: entry t is the state after t completion tokens, so it predicts completion token t."""

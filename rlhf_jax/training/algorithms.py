@@ -143,7 +143,7 @@ def ppo_prepare(settings, network, frozen, controllers, batch):
 
 def ppo_objective(settings, network, trained, frozen, controllers, batch, rng):
     logprobs, entropy, states = network.logprobs(frozen["base"], trained["policy"], batch)
-    if trained["value"].adapter is not None:
+    if not trained["value"].is_head_only:
         states = roles.predicting_states(network.model, frozen["base"], trained["value"], batch)
     values = heads.apply(trained["value"].head, states)
     mask = _token_mask(batch)

@@ -17,7 +17,7 @@ FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p")
 CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
     "train": ("lora", "full"),
-    "value": ("shared", "own"),
+    "value": ("shared", "own", "reward"),
     "kl_kind": ("k1", "k2", "k3"),
     "missing_eos_rule": ("none", "penalty", "replace"),
     "loss": ("logsigmoid", "logexp"),

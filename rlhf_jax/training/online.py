@@ -20,6 +20,7 @@ from rlhf_jax.training.loop import StepOutput, train
 from rlhf_jax.training.run import Run, announce, optimizer_of, resumable, settings_of
 from rlhf_jax.training.update import make_update
 
+RATIO_GAP = {"float32": 1e-3, "bfloat16": 0.3}  # largest |ratio - 1| that rounding explains
 EVALUATED = ("reward", "reward_std", "gold_reward", "kl", "completion_length", "finished_fraction")
 
 
@@ -32,10 +33,7 @@ def online(run: Run, name: str) -> None:
     rng, base = run.rng(name), run.base
     trained = {"policy": run.new_role(rng, section.train, base)}
     if "value" in algorithm.trains:
-        trained["value"] = Role(head=heads.init_value(run.model.config.hidden_size))
-        if section.value == "own":
-            own = run.new_role(jax.random.fold_in(rng, 1), section.train, base)
-            trained["value"] = trained["value"].replace(adapter=own.adapter, base=own.base)
+        trained["value"] = first_value(run, section, jax.random.fold_in(rng, 1), reward)
     frozen = {"base": base, "reward": reward}
     prompts = run.encoded_prompts["train"]
     data = resumable(run, prompts, section.batch_size, (run.prompt_length, sampling_config.max_new_tokens))
@@ -93,7 +91,17 @@ def online(run: Run, name: str) -> None:
         if algorithm.control is not None:
             controllers = algorithm.control(settings, state.controllers, metrics, batch.weights.size)
             state = state.replace(controllers=controllers)
-        return state, StepOutput(metrics, lambda: rows_of(chosen, batch))
+
+        def finish():
+            gap, limit = float(metrics.get("first_ratio_gap", 0.0)), RATIO_GAP[run.config.model.dtype]
+            if gap > limit:
+                run.console.warn(
+                    f"{name}, step {position + 1}: before its first update the policy differs from the one that "
+                    f"sampled by a ratio of {gap:.2g} (rounding stays below {limit}): sampler and trainer disagree."
+                )
+            return rows_of(chosen, batch)
+
+        return state, StepOutput(metrics, finish)
 
     def evaluate(state):
         """The rollout's metrics on the held-out prompts, the same random numbers each time."""
@@ -118,7 +126,12 @@ def online(run: Run, name: str) -> None:
             "rewards below are normalised by these"
         )
         changed = {k: jax.device_put(jnp.float32(v), state.controllers[k].sharding) for k, v in found.items()}
-        return state.replace(controllers=state.controllers | changed)
+        state = state.replace(controllers=state.controllers | changed)
+        if "value" in state.trained and section.value == "reward":
+            value = state.trained["value"]
+            head = jax.jit(heads.normalised)(value.head, found["reward_mean"], found["reward_std"])
+            state = state.replace(trained=state.trained | {"value": value.replace(head=head)})
+        return state
 
     controllers = {"kl_coeff": section.kl_coeff, "reward_mean": 0.0, "reward_std": 1.0}
     with meshes.activate(run.mesh):
@@ -143,3 +156,17 @@ def online(run: Run, name: str) -> None:
         )
     meta = {k: float(v) for k, v in state.controllers.items()} | {"step": int(state.step)}
     run.save_role(name, state.trained["policy"], meta)
+
+
+def first_value(run: Run, section, rng, reward: Role) -> Role:
+    """The value role before training, by config.value.
+
+    shared: a head of zeros on the policy's states. own: such a head on an adapter (or weights) of its own. reward: the
+    reward model, as in Ziegler et al. 2019, its head put into normalised units once these are known.
+    """
+    if section.value == "reward":
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), reward.replace(pooling="last"))
+    head = heads.init_value(run.model.config.hidden_size)
+    if section.value == "shared":
+        return Role(head=head)
+    return run.new_role(rng, section.train, run.base, head)

@@ -265,3 +265,18 @@ def test_config_files_load_at_every_size_and_pass_the_checks():
         for size in ("tiny", "smollm2", "llama2_7b", "llama2_13b", "llama2_70b"):
             config = cli.load_config(f"configs/{name}.py:{size}", [])
             check_config(config, tuple(pipeline.STAGES))
+
+
+@pytest.mark.parametrize("value", ["own", "reward"])
+def test_a_value_network_of_its_own(finished, tmp_path, value):
+    """Two steps with it; only one that starts as the reward model predicts anything at the first."""
+    workdir = tmp_path / value
+    workdir.mkdir()
+    for name in ("base", "roles/sft", "roles/reward_model"):
+        shutil.copytree(finished / name, workdir / name)
+    run_small(workdir, "stages=('sft','reward_model','ppo')", f"ppo.value={value}", "ppo.steps=2")
+    ppo = [m for m in read_metrics(workdir / "metrics.jsonl") if m["stage"] == "ppo"]
+    assert [m["step"] for m in ppo] == [1, 2] and all(math.isfinite(m["value_loss"]) for m in ppo)
+    zero_head = [m for m in read_metrics(finished / "metrics.jsonl") if m["stage"] == "ppo"][0]
+    same = ppo[0]["explained_variance"] == zero_head["explained_variance"]
+    assert same == (value == "own")  # zeros explain nothing; the reward model says something from the start
