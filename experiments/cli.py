@@ -69,13 +69,12 @@ def load_saved(workdir: str, overrides: list[str]):
     path = os.path.join(workdir, "config.json")
     if not os.path.isfile(path):
         raise InputError(f"{path} does not exist; --workdir is the directory of a run that was started.")
-    tuples = lambda x: (
-        {k: tuples(v) for k, v in x.items()}
-        if isinstance(x, dict)
-        else tuple(x)
-        if isinstance(x, list)
-        else x
-    )
+
+    def tuples(x):
+        if isinstance(x, dict):
+            return {k: tuples(v) for k, v in x.items()}
+        return tuple(x) if isinstance(x, list) else x
+
     with open(path, encoding="utf-8") as file:
         return override(config_dict.ConfigDict(tuples(json.load(file))), overrides)
 
@@ -135,9 +134,8 @@ def main(command, argv=None) -> None:
     # A hub that cannot be reached should say so once, not after a minute of retries in the background.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # that PyTorch is missing is as it should be
+    # That PyTorch is missing is as it should be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         command(argv)
     except RunError as error:

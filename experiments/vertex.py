@@ -56,7 +56,9 @@ def read_parameters(path: str) -> dict:
             f"{', '.join(vertex.SIZES)}, or a local directory or Hugging Face id of a Llama-family checkpoint."
         )
     given = [name for name in vertex.DEFAULTS if name in parameters]
-    return parameters | {name: _checked(path, name, parameters[name], vertex.DEFAULTS[name]) for name in given}
+    return parameters | {
+        name: _checked(path, name, parameters[name], vertex.DEFAULTS[name]) for name in given
+    }
 
 
 def _checked(path, name, value, default):

@@ -31,8 +31,6 @@ class Completions:
 
     ids: jax.Array  # [B, G, R] int32
     mask: jax.Array  # [B, G, R] int32
-    logprobs: (
-        jax.Array
-    )  # [B, G, R] float32, nats at the sampling temperature, before any top-k or top-p filter
+    logprobs: jax.Array  # [B, G, R] float32, nats at the sampling temperature, of the unfiltered distribution
     finished: jax.Array  # [B, G] bool, True where an end token was sampled
     values: jax.Array | None = None  # [B, G, R] float32: a head read at the state that chose each token

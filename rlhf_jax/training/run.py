@@ -273,3 +273,10 @@ def announce(run: Run, stage: str, trained: dict, what: str) -> None:
         f"width {config.hidden_size}), {roles.count(trained) / 1e6:.2f}M trained; "
         f"mesh {dict(run.mesh.shape)} on {jax.devices()[0].platform}; the first step compiles"
     )
+    cut = {name.replace("_", " "): count for name, count in run.tokenizer.counts.items() if count}
+    if cut:
+        run.console.note(
+            f"{stage}: {', '.join(f'{count} {name}' for name, count in cut.items())} "
+            "(config.data.prompt_tokens, completion_tokens)"
+        )
+        run.tokenizer.counts.clear()
