@@ -13,6 +13,7 @@ demo: $(READY) $(if $(filter smollm2,$(SIZE)),$(MODEL))
 	  --workdir=runs/demo$(if $(filter-out smollm2,$(SIZE)),_$(SIZE)) $(ARGS)
 
 test: $(READY)
+	@$(MAKE) -s $(MODEL) || echo "the tests of the embedded base model are skipped"
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 faults: $(READY)

@@ -90,6 +90,7 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         num_samples=4,
         keep_latest=2,
         keep_best=1,
+        wandb_project="",  # of Weights & Biases; empty: metrics.jsonl and TensorBoard only
         tags=dict(sft={}, reward_model={}, ppo={}),  # metric name -> another name to log it under as well
     )
     SIZES[size](config)

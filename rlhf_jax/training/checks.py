@@ -4,6 +4,7 @@ Keys and types are the parser's business; here it is what the numbers mean."""
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.training.wandb_writer import check_installed
 
 POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_minibatches", "rollout_epochs", "rank",
             "alpha", "prompt_tokens", "completion_tokens", "num_pairs", "num_completions", "save_every_steps",
@@ -34,6 +35,8 @@ def check_config(config, known_stages) -> None:
     """Raises: InputError naming the key, its value and what is expected. config: ConfigDict."""
     _check_values("config", config)
     LoraConfig.from_names(**config.lora.to_dict())
+    if config.logging.wandb_project:
+        check_installed()
     unknown = [stage for stage in config.stages if stage not in known_stages]
     if unknown or not config.stages:
         raise InputError(

@@ -18,6 +18,7 @@ from rlhf_jax.data.batching import check_fingerprint
 from rlhf_jax.errors import Interrupted, NumericsError
 from rlhf_jax.training import state as states
 from rlhf_jax.training.metrics import METRICS_FILE, CompletionsLog, MetricsWriter, truncate_after
+from rlhf_jax.training.wandb_writer import WandbWriter
 
 # On the console; everything is in metrics.jsonl.
 SHOWN = ("reward", "gold_reward", "kl", "loss", "accuracy", "eval/accuracy", "eval/loss", "eval/reward",
@@ -64,6 +65,7 @@ class Logging:
     keep_latest: int
     keep_best: int
     tags: dict  # metric name -> another name it is logged under as well
+    wandb_project: str = ""  # empty: no Weights & Biases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +146,10 @@ class _Log:
     def __init__(self, stage, workdir, logging, console, total_steps, first):
         self.stage, self.logging, self.console, self.total_steps = stage, logging, console, total_steps
         self.pending, self.evaluation, self.latest, self.problem = None, {}, None, ""
-        self.writer = MetricsWriter(workdir, stage, dict(logging.tags), start_step=first, warn=console.warn)
+        writer = MetricsWriter(workdir, stage, dict(logging.tags), start_step=first, warn=console.warn)
+        self.writers = [writer]
+        if logging.wandb_project:
+            self.writers.append(WandbWriter(logging.wandb_project, workdir, stage, console.warn))
         self.completions = CompletionsLog(workdir, stage, warn=console.warn)
         self.skips = deque(maxlen=100)
         self.clock = time.monotonic()
@@ -153,7 +158,8 @@ class _Log:
         return self
 
     def __exit__(self, *exception):
-        self.writer.close()
+        for writer in self.writers:
+            writer.close()
         self.completions.close()
 
     def flush(self, progress):
@@ -172,7 +178,8 @@ class _Log:
         for name, tag in self.logging.tags.items():
             if name in metrics:
                 metrics[tag] = metrics[name]
-        self.writer.write(step, metrics)
+        for writer in self.writers:
+            writer.write(step, metrics)
         progress.step(step, {name: metrics[name] for name in SHOWN if name in metrics})
         if samples and (
             step == 1 or step % self.logging.samples_every_steps == 0 or step == self.total_steps

@@ -221,6 +221,7 @@ class Run:
             "num_samples",
             "keep_latest",
             "keep_best",
+            "wandb_project",
         )
         return Logging(**{name: section[name] for name in names}, tags=section.tags[stage].to_dict())
 
