@@ -85,12 +85,12 @@ def group_relative(rewards, scale="group", eps=1e-4):
 def leave_one_out(rewards):
     """[B, G] float32: each reward less the mean of the others of its group.
 
-    Raises: ValueError if a group has one completion only, and so no others.
+    A group of one has no others, so no baseline: its advantage is the reward itself, as in plain REINFORCE.
     """
     chex.assert_rank(rewards, 2)
     G = rewards.shape[1]
-    if G < 2:
-        raise ValueError("leave_one_out needs at least two completions a prompt; G is 1.")
+    if G == 1:
+        return rewards.astype(jnp.float32)
     return _less_mean(rewards, axis=1) * (G / (G - 1))
 
 

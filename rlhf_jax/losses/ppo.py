@@ -22,31 +22,37 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, clip_epsilon=0
       advantages: [B, T] reward units.
       mask: [B, T], 1 where the token counts. Entries elsewhere are never read, NaN included.
       clip_epsilon: half-width of the interval around ratio 1, or (below, above).
-      dual_clip: the largest ratio that a negative advantage is worth (3.0 is usual), or None.
+      dual_clip: the largest ratio that a negative advantage is worth (3.0 is usual); None or 0: no limit.
     Returns: (scalar float32 loss, metrics over the same tokens). `approx_kl`: KL(old || new) in nats a token, by k3;
-      `clip_fraction`: tokens whose gradient the clip took; `ratio_max_gap`: the largest |ratio - 1|.
+      `clip_fraction`: tokens whose gradient the clip took; `ratio_max_gap`: the largest |ratio - 1|. A ratio is kept
+      within exp(+-20).
     Raises: AssertionError if the shapes differ.
     """
     chex.assert_rank(logprobs, 2)
     chex.assert_equal_shape([logprobs, old_logprobs, advantages, mask])
-    below, above = clip_epsilon if isinstance(clip_epsilon, tuple) else (clip_epsilon, clip_epsilon)
-    real = lambda x: jnp.where(
-        mask > 0, x.astype(jnp.float32), 0.0
-    )  # before exp, or NaN reaches the gradient
+    below, above = clip_epsilon if isinstance(clip_epsilon, (tuple, list)) else (clip_epsilon, clip_epsilon)
+    # Before exp, or NaN reaches the gradient.
+    real = lambda x: jnp.where(mask > 0, x.astype(jnp.float32), 0.0)
     old_logprobs, advantages = jax.lax.stop_gradient((real(old_logprobs), real(advantages)))
     log_ratio = jnp.clip(real(logprobs) - old_logprobs, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = jnp.exp(log_ratio)
-    gain = ratio * advantages
-    bounded = jnp.minimum(gain, jnp.clip(ratio, 1.0 - below, 1.0 + above) * advantages)
+    # min(r A, clip(r) A) by cases: a token is bound where leaving the interval would pay, nowhere else. Written with
+    # min and clip, a token on the edge of the interval (every one, on-policy with no width) has part of its gradient.
+    low = (ratio < 1.0 - below) & (advantages < 0)
+    high = (ratio > 1.0 + above) & (advantages > 0)
+    bounded = jnp.where(low, 1.0 - below, jnp.where(high, 1.0 + above, ratio))
+    clipped = low | high
     if dual_clip is not None:
-        bounded = jnp.where(advantages < 0, jnp.maximum(bounded, dual_clip * advantages), bounded)
+        limit = jnp.where(jnp.asarray(dual_clip) > 0, dual_clip, jnp.inf)
+        over = (bounded > limit) & (advantages < 0)
+        bounded, clipped = jnp.where(over, limit, bounded), clipped | over
     metrics = {
         "ratio_mean": masked_mean(ratio, mask),
-        "clip_fraction": masked_mean(bounded != gain, mask),
+        "clip_fraction": masked_mean(clipped, mask),
         "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
         "ratio_max_gap": jnp.abs(ratio - 1.0).max(),  # 1 outside the mask
     }
-    return -masked_mean(bounded, mask), jax.lax.stop_gradient(metrics)
+    return -masked_mean(bounded * advantages, mask), jax.lax.stop_gradient(metrics)
 
 
 def clipped_value_loss(values, old_values, returns, mask, clip_range=0.2):
@@ -64,7 +70,11 @@ def clipped_value_loss(values, old_values, returns, mask, clip_range=0.2):
     chex.assert_equal_shape([values, old_values, returns, mask])
     real = lambda x: jnp.where(mask > 0, x.astype(jnp.float32), 0.0)
     values, (old_values, returns) = real(values), jax.lax.stop_gradient((real(old_values), real(returns)))
-    clipped = old_values + jnp.clip(values - old_values, -clip_range, clip_range)
+    moved = values - old_values
+    # Inside the range the values themselves: old + (new - old) differs by rounding, which would count as clipped.
+    clipped = jnp.where(
+        jnp.abs(moved) > clip_range, old_values + jnp.clip(moved, -clip_range, clip_range), values
+    )
     error, clipped_error = jnp.square(values - returns), jnp.square(clipped - returns)
     variance = lambda x: masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
     total = variance(returns)

@@ -133,5 +133,70 @@ def test_leave_one_out():
     expected = np.array([[row[i] - np.delete(row, i).mean() for i in range(4)] for row in rewards])
     np.testing.assert_allclose(leave_one_out(jnp.float32(rewards)), expected, rtol=1e-5, atol=1e-5)
     assert not leave_one_out(jnp.full((2, 3), 0.1)).any()
-    with pytest.raises(ValueError, match="G is 1"):
-        leave_one_out(jnp.ones((2, 1)))
+
+
+def test_leave_one_out_of_a_group_of_one_is_the_reward_itself():
+    got = leave_one_out(jnp.array([[3], [-2]]))
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, [[3.0], [-2.0]])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_lam_1_advantages_are_returns_less_values(seed):
+    """Values telescope away: A = (sum of the rewards from here on, discounted) - V."""
+    rewards, values = arrays(2, seed)
+    advantages, returns = gae(dirty(rewards), dirty(values), jnp.array(MASK), 0.9, 1.0)
+    monte_carlo = discounted_returns(dirty(rewards), jnp.array(MASK), 0.9)
+    np.testing.assert_allclose(advantages, monte_carlo - values * MASK, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(advantages, returns - values * MASK, rtol=1e-5, atol=1e-5)
+
+
+def test_more_padding_changes_nothing():
+    """Columns and a row of padding, filled with NaN, around the same tokens."""
+    rewards, values = arrays(2, 4)
+    logprobs, ref = arrays(2, 5)
+    wider = lambda x, fill: jnp.pad(jnp.asarray(x), ((0, 1), (0, 3)), constant_values=fill)
+    mask = wider(MASK, 0)
+    narrow = gae(dirty(rewards), dirty(values), jnp.array(MASK))
+    wide = gae(wider(dirty(rewards), jnp.nan), wider(dirty(values), jnp.nan), mask)
+    for a, b in zip(narrow, wide, strict=True):
+        np.testing.assert_array_equal(wider(a, 0), b)
+    scores = jnp.arange(1.0, 6.0)
+    narrow = shaped_rewards(scores, dirty(logprobs), dirty(ref), jnp.array(MASK), 0.1)
+    wide = shaped_rewards(
+        jnp.pad(scores, (0, 1)), wider(dirty(logprobs), jnp.nan), wider(dirty(ref), jnp.nan), mask, 0.1
+    )
+    np.testing.assert_array_equal(wider(narrow, 0), wide)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_completions_of_one_token(T):
+    """A = r - V whatever gamma and lam are: V is 0 after the last token."""
+    rewards, values = jnp.array([[2.0, jnp.nan]])[:, :T], jnp.array([[0.5, jnp.nan]])[:, :T]
+    mask = jnp.array([[1, 0]])[:, :T]
+    advantages, returns = gae(rewards, values, mask, 0.3, 0.7)
+    np.testing.assert_array_equal(advantages, [[1.5, 0.0][:T]])
+    np.testing.assert_array_equal(returns, [[2.0, 0.0][:T]])
+
+
+def test_shaped_rewards_gradient_stays_inside_the_mask(slope_of):
+    logprobs, ref = arrays(2, 6)
+    weights = np.random.default_rng(7).normal(size=MASK.shape)
+    scores = np.zeros(len(MASK), np.float32)
+
+    def reference(lp):
+        d = lp - ref
+        return (-0.1 * (np.exp(-d) - 1 + d) * MASK * weights).sum()
+
+    ours = lambda lp: (
+        shaped_rewards(jnp.array(scores), lp, dirty(ref), jnp.array(MASK), 0.1, "k3") * jnp.float32(weights)
+    ).sum()
+    np.testing.assert_allclose(jax.grad(ours)(dirty(logprobs)), slope_of(reference, logprobs), atol=1e-5)
+
+
+def test_half_precision_inputs_are_summed_in_float32():
+    # 1 / 256 is exact in bfloat16, but a bfloat16 sum of 1000 of them stops at 1.
+    rewards = jnp.full((1, 1000), 1 / 256, jnp.bfloat16)
+    got = discounted_returns(rewards, jnp.ones((1, 1000)))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got[0, 0], 1000 / 256, rtol=1e-6)

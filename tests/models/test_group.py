@@ -106,36 +106,6 @@ def test_decoding_with_caches_equals_the_grouped_forward(tiny_llama, side):
         np.testing.assert_allclose(hidden, expected[:, :, t], atol=2e-5)
 
 
-def test_merged_adapter_equals_adapter_beside(tiny_llama):
-    model, params = tiny_llama
-    adapter, settings = make_adapter(model.config, 0.1), lora.LoraConfig(rank=3, alpha=6.0)
-    ids = jax.random.randint(jax.random.key(3), (2, 7), 0, 64)
-    mask = jnp.ones_like(ids)
-    beside = model.apply({"params": params}, ids, mask, adapter)
-    merged = model.apply({"params": lora.merge(params, adapter, settings)}, ids, mask)
-    np.testing.assert_allclose(beside, merged, atol=1e-5)
-    assert float(jnp.abs(beside - model.apply({"params": params}, ids, mask)).max()) > 0.1
-
-
-def test_new_adapter_changes_nothing(tiny_llama):
-    model, params = tiny_llama
-    ids = jnp.arange(6)[None]
-    adapter = lora.init(jax.random.key(0), model.config, lora.LoraConfig(rank=2))
-    np.testing.assert_array_equal(
-        model.apply({"params": params}, ids, jnp.ones_like(ids), adapter),
-        model.apply({"params": params}, ids, jnp.ones_like(ids)),
-    )
-
-
-def test_rslora_and_patterns_set_the_scale():
-    plain, stable = lora.LoraConfig(rank=16, alpha=8.0), lora.LoraConfig(rank=16, alpha=8.0, rslora=True)
-    assert plain.scale_of("q_proj") == 0.5 and stable.scale_of("q_proj") == 2.0
-    patterned = lora.LoraConfig(
-        rank=4, alpha=8.0, rank_pattern=(("v_proj", 2),), alpha_pattern=(("v_proj", 1.0),)
-    )
-    assert patterned.scale_of("q_proj") == 2.0 and patterned.scale_of("v_proj") == 0.5
-
-
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_no_gradient(tiny_llama, remat):
     import dataclasses
@@ -150,12 +120,3 @@ def test_rematerialisation_changes_no_gradient(tiny_llama, remat):
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3),
         jax.grad(loss(model))(adapter), jax.grad(loss(again))(adapter),
     )  # fmt: skip
-
-
-def test_end_with_appends_an_end_token_only_where_one_is_missing():
-    ids = jnp.array([[[5, 6, 2, 0], [5, 6, 7, 8], [0, 0, 0, 0]]])
-    mask = jnp.array([[[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]])
-    ended = roles.end_with(GroupedBatch(jnp.ones((1, 1), int), jnp.ones((1, 1), int), ids, mask), 2, (2, 3))
-    assert ended.completion_mask.tolist() == [[[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]]
-    real = np.where(np.array(ended.completion_mask) > 0, np.array(ended.completion_ids), -1)
-    assert real.tolist() == [[[5, 6, 2, -1, -1], [5, 6, 7, 8, 2], [2, -1, -1, -1, -1]]]
