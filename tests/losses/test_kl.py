@@ -73,3 +73,24 @@ def test_controller_finds_the_coefficient_that_holds_the_target():
     for _ in range(1000):
         coeff = step(coeff)
     np.testing.assert_allclose(coeff, 0.5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", FORMULA)
+def test_gradient_of_the_reference_by_differences(kind, slope_of):
+    logp = np.random.default_rng(2).normal(-2, 1, (2, 5))
+    ref = np.float32(logp + np.random.default_rng(3).normal(0, 1, (2, 5)))
+    logp = np.float32(logp)
+    got = jax.grad(lambda r: kl_estimate(jnp.array(logp), r, kind).sum())(jnp.array(ref))
+    expected = slope_of(lambda r: FORMULA[kind](np.float64(logp) - r).sum(), ref)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_log_probabilities_are_0_for_every_kind():
+    logp = jnp.array([[-1e4, -0.1, -30.0]])
+    for kind in FORMULA:
+        assert not kl_estimate(logp, logp, kind).any()
+
+
+def test_shapes_must_agree():
+    with pytest.raises(AssertionError):
+        kl_estimate(jnp.zeros((2, 3)), jnp.zeros(3))

@@ -85,6 +85,67 @@ def test_huge_logits_stay_finite(chunk_size):
     assert np.isfinite(jax.grad(loss)(hidden)).all()
 
 
+def analytic_gradients(hidden, head, ids, of_logprob, of_entropy, temperature):
+    """Float64, by hand: d logp_i / dz = onehot_i - p, dH / dz = -p (log p + H), and z = hidden @ head / temperature."""
+    hidden, head = np.float64(hidden), np.float64(head)
+    z = hidden @ head / temperature
+    logp = z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
+    p = np.exp(logp)
+    entropy = -(p * logp).sum(-1, keepdims=True)
+    d_z = np.float64(of_logprob)[..., None] * (np.eye(head.shape[1])[np.asarray(ids)] - p)
+    d_z -= np.float64(of_entropy)[..., None] * p * (logp + entropy)
+    d_temperature = -(d_z * z).sum() / temperature
+    return d_z @ head.T / temperature, np.einsum("btd,btv->dv", hidden, d_z) / temperature, d_temperature
+
+
+@pytest.mark.parametrize("chunk_size", [0, 5, 36])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_fused_gradients_against_float64(chunk_size, temperature):
+    hidden, head, ids = case(5)
+    weights = jax.random.normal(jax.random.key(6), (2, 2, 4))
+
+    def loss(hidden, head, temperature):
+        logp, entropy = fused_token_logprobs(
+            hidden, head, ids, chunk_size=chunk_size, temperature=temperature
+        )
+        return (weights[0] * logp).sum() + (weights[1] * entropy).sum()
+
+    got = jax.grad(loss, (0, 1, 2))(hidden, head, temperature)
+    for a, b in zip(got, analytic_gradients(hidden, head, ids, *weights, temperature), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [0, 16])
+def test_gradients_at_logits_of_1e4_against_float64(chunk_size):
+    # Products of small integers and powers of two are exact, so both precisions see the same logits.
+    hidden = jnp.array([[[1.0, -1.0], [2.0, 1.0], [0.0, 1.0]]])
+    head = jnp.stack([(jnp.arange(V) % 5 - 2.0) * 4096, (jnp.arange(V) % 7 - 3.0) * 2048])
+    ids = jnp.array([[3, 36, 7]])
+    logp, entropy = fused_token_logprobs(hidden, head, ids, chunk_size=chunk_size)
+    expected = reference(np.float64(hidden) @ np.float64(head), ids)
+    assert np.abs(np.float64(hidden) @ np.float64(head)).max() > 1e4
+    np.testing.assert_allclose(logp, expected[0], rtol=1e-6, atol=2e-3)  # one unit in the last place of 1e4
+    np.testing.assert_allclose(entropy, expected[1], atol=2e-3)
+    loss = lambda h, w: fused_token_logprobs(h, w, ids, chunk_size=chunk_size)[0].sum()
+    got = jax.grad(loss, (0, 1))(hidden, head)
+    zeros, ones = np.zeros((1, 3)), np.ones((1, 3))
+    exact = analytic_gradients(hidden, head, ids, ones, zeros, 1.0)
+    for a, b in zip(got, exact[:2], strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+def test_both_ways_agree_and_shapes_may_have_any_rank():
+    hidden, head, ids = case(7)
+    logits = jnp.einsum("btd,dv->btv", hidden, head)
+    plain = token_logprobs(logits, ids, 0.8)
+    fused = fused_token_logprobs(hidden, head, ids, chunk_size=10, temperature=0.8)[0]
+    np.testing.assert_allclose(fused, plain, rtol=1e-5, atol=1e-6)
+    grouped = fused_token_logprobs(hidden[None], head, ids[None], chunk_size=10, temperature=0.8)[0]
+    np.testing.assert_array_equal(grouped[0], fused)
+    one = fused_token_logprobs(hidden[0, :1], head, ids[0, :1], chunk_size=10, temperature=0.8)[0]
+    np.testing.assert_allclose(one, plain[0, :1], rtol=1e-5)
+
+
 def test_no_gradient_is_computed_for_a_frozen_head():
     hidden, head, ids = case(3)
     of_hidden = lambda h: fused_token_logprobs(h, head, ids, chunk_size=16)[0].sum()

@@ -77,3 +77,35 @@ def test_the_last_real_token():
     expected = [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
     np.testing.assert_array_equal(is_last(jnp.array(MASK)), np.array(expected, bool))
     np.testing.assert_array_equal(is_last(jnp.array(MASK, jnp.float32)), np.array(expected, bool))
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_whitened_entries_have_mean_0_and_variance_1(unbiased):
+    x, mask = np.random.default_rng(4).normal(-7, 3, (5, 9)), np.random.default_rng(5).integers(0, 2, (5, 9))
+    white = masked_whiten(jnp.float32(x), jnp.array(mask), unbiased=unbiased)
+    real = np.float64(white)[mask > 0]
+    np.testing.assert_allclose(real.mean(), 0, atol=1e-6)
+    np.testing.assert_allclose(real.var(ddof=int(unbiased)), 1, rtol=1e-5)
+    # Without the shift the mean is kept, and the spread is the same.
+    scaled = np.float64(masked_whiten(jnp.float32(x), jnp.array(mask), False, unbiased))[mask > 0]
+    np.testing.assert_allclose(scaled.mean(), x[mask > 0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(scaled.var(ddof=int(unbiased)), 1, rtol=1e-4)
+
+
+def test_whitening_of_integers_and_half_precision_is_float32():
+    for dtype in (jnp.int32, jnp.bfloat16):
+        got = masked_whiten(jnp.array([[1, 2, 4]], dtype), jnp.ones((1, 3), bool))
+        assert got.dtype == jnp.float32
+        expected = (np.array([1, 2, 4]) - 7 / 3) / np.std([1, 2, 4], ddof=1)
+        np.testing.assert_allclose(got[0], expected, rtol=1e-6)
+
+
+def test_epsilon_is_inside_the_root():
+    # Variance 1e-8 (biased) under a root of 2e-8: outside it, the result would be about 0.9999.
+    got = masked_whiten(jnp.array([[1e-4, -1e-4]]), jnp.ones((1, 2)), unbiased=False)
+    np.testing.assert_allclose(got, [[0.5**0.5, -(0.5**0.5)]], rtol=1e-4)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    with pytest.raises(AssertionError):
+        masked_mean(jnp.ones((2, 3)), jnp.ones((1, 3)))

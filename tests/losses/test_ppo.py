@@ -148,3 +148,107 @@ def test_shapes_must_agree():
         clipped_policy_loss(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.zeros((2, 1)), jnp.ones((2, 3)))
     with pytest.raises(AssertionError):
         clipped_value_loss(jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.zeros(2), jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("none", [None, 0, 0.0])
+def test_dual_clip_of_none_or_0_is_no_limit(none):
+    logprobs, old, advantages = inputs(3, 11, scale=2.0)
+    run = lambda dual: clipped_policy_loss(logprobs, old, advantages, jnp.array(MASK), dual_clip=dual)
+    chex.assert_trees_all_equal(run(none), run(1e9))
+    assert run(none)[0] != run(1.5)[0]
+
+
+def test_settings_may_be_traced_and_a_pair_may_be_a_list():
+    logprobs, old, advantages = inputs(3, 12, scale=2.0)
+    run = lambda clip, dual: clipped_policy_loss(
+        logprobs, old, advantages, jnp.array(MASK), clip, dual_clip=dual
+    )[0]
+    traced = jax.jit(lambda low, high, dual: run((low, high), dual))
+    for dual in (0.0, 1.5):
+        np.testing.assert_allclose(traced(0.1, 0.3, dual), run([0.1, 0.3], dual), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.vmap(lambda c: run(c, None))(jnp.array([0.2]))[0], run(0.2, None), rtol=1e-6
+    )
+    values = jax.jit(lambda c: clipped_value_loss(logprobs, old, advantages, jnp.array(MASK), c)[0])
+    np.testing.assert_allclose(
+        values(0.3), clipped_value_loss(logprobs, old, advantages, jnp.array(MASK), 0.3)[0], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_gradient_where_the_clip_binds_and_minus_r_a_elsewhere(seed):
+    logprobs, old, advantages = inputs(3, seed, scale=0.8)
+    loss = lambda lp: clipped_policy_loss(lp, dirty(old), dirty(advantages), jnp.array(MASK))
+    grad, metrics = jax.grad(loss, has_aux=True)(dirty(logprobs))
+    ratio = np.exp(np.float64(logprobs) - old)
+    bound = ((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
+    assert (bound & (MASK > 0)).any() and not grad[bound].any()
+    np.testing.assert_allclose(grad, np.where(bound, 0, -ratio * advantages) * MASK / MASK.sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["clip_fraction"], (bound * MASK).sum() / MASK.sum(), rtol=1e-6)
+
+
+def test_no_width_to_clip_keeps_the_whole_on_policy_gradient():
+    # Every token sits on the edge of the interval, where min and clip share gradient out instead of choosing.
+    logprobs, advantages = inputs(2, 13)
+    grad = jax.grad(lambda lp: clipped_policy_loss(lp, logprobs, advantages, jnp.array(MASK), 0.0)[0])
+    np.testing.assert_allclose(grad(jnp.array(logprobs)), -advantages * MASK / MASK.sum(), rtol=1e-6)
+    # The same for values that have not moved: V - R.
+    values = jax.grad(lambda v: clipped_value_loss(v, logprobs, advantages, jnp.array(MASK), 0.0)[0])
+    np.testing.assert_allclose(
+        values(jnp.array(logprobs)), (logprobs - advantages) * MASK / MASK.sum(), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_values_inside_the_range_never_count_as_clipped():
+    # old + (new - old) is not new: by rounding alone, one value in ten here would count.
+    values, old, returns = np.float32(np.random.default_rng(0).normal(0, 0.02, (3, 40, 40)))
+    _, metrics = clipped_value_loss(values, old, returns, jnp.ones((40, 40)))
+    assert np.abs(values - old).max() < 0.2 and metrics["value_clip_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("loss", [clipped_policy_loss, clipped_value_loss])
+def test_more_padding_changes_nothing(loss):
+    """Columns and rows of NaN around the same tokens leave the value, the metrics and the gradient as they are."""
+    arrays = [dirty(x) for x in inputs(3, 14)]
+    wider = lambda x, fill: jnp.pad(x, ((1, 2), (0, 3)), constant_values=fill)
+    run = lambda mask, *x: jax.value_and_grad(lambda first: loss(first, *x[1:], mask), has_aux=True)(x[0])
+    (narrow, narrow_grad) = run(jnp.array(MASK), *arrays)
+    (wide, wide_grad) = run(wider(jnp.array(MASK), 0), *[wider(x, jnp.nan) for x in arrays])
+    chex.assert_trees_all_close(narrow, wide, rtol=1e-6)
+    np.testing.assert_allclose(wider(narrow_grad, 0), wide_grad, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [clipped_policy_loss, clipped_value_loss])
+def test_parts_weighted_by_their_tokens_add_up_to_the_whole(loss):
+    """What accumulation relies on: rows of 4, 2 and 0 tokens, one at a time."""
+    arrays = [jnp.array(x) for x in inputs(3, 15)]
+    run = lambda mask, *x: jax.value_and_grad(lambda first: loss(first, *x[1:], mask)[0])(x[0])
+    whole, whole_grad = run(jnp.array(MASK), *arrays)
+    value, grads = 0.0, []
+    for b in range(len(MASK)):
+        part, grad = run(jnp.array(MASK[b : b + 1]), *[x[b : b + 1] for x in arrays])
+        value += part * MASK[b].sum()
+        grads.append(grad * MASK[b].sum())
+    np.testing.assert_allclose(value / MASK.sum(), whole, rtol=1e-5)
+    np.testing.assert_allclose(jnp.concatenate(grads) / MASK.sum(), whole_grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", [clipped_policy_loss, clipped_value_loss])
+def test_half_precision_inputs_reduce_in_float32(loss):
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(3, 16)]
+    value, metrics = loss(*arrays, jnp.array(MASK, bool))
+    assert all(x.dtype == jnp.float32 for x in (value, *metrics.values()))
+    chex.assert_trees_all_equal(
+        (value, metrics), loss(*[x.astype(jnp.float32) for x in arrays], jnp.array(MASK))
+    )
+
+
+def test_the_ratio_stops_at_20_nats():
+    # 30 nats above, A = -1: a cost of exp(20), and no gradient past the limit.
+    loss = lambda lp: clipped_policy_loss(lp, jnp.zeros((1, 1)), -jnp.ones((1, 1)), jnp.ones((1, 1)))
+    (value, metrics), grad = jax.value_and_grad(loss, has_aux=True)(jnp.full((1, 1), 30.0))
+    np.testing.assert_allclose([value, metrics["ratio_mean"]], np.exp(20.0), rtol=1e-5)
+    assert grad == 0.0
+    np.testing.assert_allclose(
+        jax.grad(lambda lp: loss(lp)[0])(jnp.full((1, 1), 19.0)), np.exp(19.0), rtol=1e-5
+    )

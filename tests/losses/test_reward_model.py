@@ -122,3 +122,97 @@ def test_plackett_luce(slope_of):
 def test_plackett_luce_of_two_is_the_pairwise_loss():
     got = rm.plackett_luce(jnp.array(SCORES.T), jnp.ones((5, 2)))
     np.testing.assert_allclose(got, rm.pairwise_logsigmoid(*jnp.array(SCORES)), rtol=1e-5, atol=1e-6)
+
+
+def test_scores_and_margins_of_any_dtype_are_reduced_in_float32():
+    for dtype in (jnp.bfloat16, jnp.int32):
+        x = jnp.array([[3, 1], [1, 4]], dtype)
+        got = rm.pairwise_logsigmoid(x[:, 0], x[:, 1], jnp.array([1, 2], dtype), 0.5)
+        assert got.dtype == rm.pairwise_logexp(x[:, 0], x[:, 1]).dtype == jnp.float32
+        np.testing.assert_allclose(got, -logsigmoid([1, -5]) + 0.5 * np.array([16, 25]), rtol=1e-6)
+        assert rm.plackett_luce(x, jnp.ones((2, 2), bool)).dtype == jnp.float32
+        assert rm.regression(x[:, 0], x[:, 1]).dtype == jnp.float32
+        assert rm.classification(x, jnp.array([0, 1])).dtype == jnp.float32
+
+
+def token_level_reference(chosen, rejected, chosen_ids, rejected_ids, pad):
+    """With loops, over rows padded on the right."""
+    out = []
+    for c, r, a, b in zip(chosen, rejected, chosen_ids, rejected_ids, strict=True):
+        T = len(a)
+        end = max(([*a, pad].index(pad), [*b, pad].index(pad)))
+        start = next((t for t in range(T) if a[t] != b[t]), None)
+        start, end = (T - 1, T) if start is None else (start, end)
+        out.append(-logsigmoid(c[start:end] - r[start:end]).mean())
+    return np.array(out)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_token_level_against_loops(seed, slope_of):
+    rng = np.random.default_rng(seed)
+    T, pad = 7, 0
+    ids = rng.integers(1, 3, (2, 6, T))
+    ids[:, :, 0] = 1  # a shared beginning
+    ids[1, 0] = ids[0, 0]  # and a pair that never differs
+    lengths = rng.integers(1, T + 1, (2, 6))
+    lengths[1, 0] = lengths[0, 0]
+    ids = np.where(np.arange(T) < lengths[..., None], ids, pad)
+    values = np.float32(rng.normal(0, 2, (2, 6, T)))
+    reference = lambda v: token_level_reference(v[0], v[1], ids[0].tolist(), ids[1].tolist(), pad)
+    ours = lambda v: rm.token_level_pairwise(v[0], v[1], jnp.array(ids[0]), jnp.array(ids[1]), pad)
+    np.testing.assert_allclose(ours(jnp.array(values)), reference(np.float64(values)), rtol=1e-5)
+    grad = jax.grad(lambda v: ours(v).sum())(jnp.array(values))
+    np.testing.assert_allclose(grad, slope_of(lambda v: reference(v).sum(), values), atol=1e-5)
+
+
+def test_token_level_pair_that_never_differs_costs_log_2_and_pulls_nowhere():
+    """Through one network both sides have the same values, and what is pushed up is pushed down."""
+    ids, values = jnp.array([[1, 2, 0, 0]]), jnp.array([[0.3, -1.0, 2.0, 5.0]])
+    value, grad = jax.value_and_grad(lambda v: rm.token_level_pairwise(v, v, ids, ids, 0).sum())(values)
+    np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("delta", [None, 0.5, 2.0])
+def test_regression_against_float64(delta, slope_of):
+    scores, targets = np.float32(np.random.default_rng(1).normal(0, 2, (2, 20)))
+
+    def reference(s):
+        e = s - np.float64(targets)
+        if delta is None:
+            return e**2
+        return np.where(np.abs(e) <= delta, e**2 / 2, delta * (np.abs(e) - delta / 2))
+
+    ours = lambda s: rm.regression(s, jnp.array(targets), delta)
+    np.testing.assert_allclose(ours(jnp.array(scores)), reference(np.float64(scores)), rtol=1e-5, atol=1e-6)
+    grad = jax.grad(lambda s: ours(s).sum())(jnp.array(scores))
+    np.testing.assert_allclose(grad, slope_of(lambda s: reference(s).sum(), scores), atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_multi_objective_regression_against_float64(seed, slope_of):
+    rng = np.random.default_rng(seed)
+    scores, targets = np.float32(rng.normal(0, 2, (2, 5, 4)))
+    mask = rng.integers(0, 2, (5, 4))
+    mask[0] = 0
+    reference = lambda s: ((s - targets) ** 2 * mask).sum(1) / np.maximum(mask.sum(1), 1)
+    ours = lambda s: rm.multi_objective_regression(s, jnp.where(mask > 0, targets, jnp.nan), jnp.array(mask))
+    np.testing.assert_allclose(ours(jnp.array(scores)), reference(np.float64(scores)), rtol=1e-5, atol=1e-7)
+    grad = jax.grad(lambda s: ours(s).sum())(jnp.where(mask > 0, scores, jnp.inf))
+    np.testing.assert_allclose(grad, slope_of(lambda s: reference(s).sum(), scores), atol=1e-5)
+
+
+def test_plackett_luce_leaves_absent_columns_out():
+    """Wherever they stand, and however many: the loss is that of the ones that are there."""
+    scores = jnp.array([[1.0, -0.5, 2.0]])
+    alone = rm.plackett_luce(scores, jnp.ones((1, 3)))
+    nan = jnp.nan
+    for row in ([nan, 1.0, -0.5, nan, 2.0], [1.0, -0.5, 2.0, nan, nan], [1.0, nan, nan, -0.5, 2.0]):
+        row = jnp.array([row])
+        np.testing.assert_allclose(rm.plackett_luce(row, ~jnp.isnan(row)), alone, rtol=1e-6)
+    # The probabilities of all rankings sum to 1.
+    orders = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]
+    total = sum(
+        float(jnp.exp(-rm.plackett_luce(scores[:, jnp.array(o)], jnp.ones((1, 3))))[0]) for o in orders
+    )
+    np.testing.assert_allclose(total, 1.0, rtol=1e-6)
