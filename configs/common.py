@@ -142,7 +142,7 @@ def smollm2(config):
     # state of the whole model, for 0.4 of its cost.
     config.reward_model.update(layers=12, pooling="mean", steps=64, batch_size=16)
     config.reward_model.optimizer.update(learning_rate=2e-3, warmup_steps=4, head_multiplier=5.0)
-    config.ppo.update(steps=12, kl_coeff=0.22)
+    config.ppo.update(steps=14, kl_coeff=0.22)
     config.ppo.optimizer.update(learning_rate=2e-3, warmup_steps=4, head_multiplier=5.0)
     config.preferences.update(num_pairs=1024, batch_size=64, coin_scale=10.0)
     config.data.held_out_pairs = 192
