@@ -8,6 +8,14 @@ import sys
 
 from experiments import cli
 
+TOLD = {
+    "reward": "learned reward",
+    "gold_reward": "true reward (never trained on)",
+    "kl": "KL to the start, nats",
+    "completion_length": "tokens",
+    "finished": "ended by themselves",
+}
+
 
 def side_by_side_and_report(run) -> None:
     """The stage `evaluation`: tuned and untuned on the held-out prompts, then report.html and summary.png."""
@@ -95,10 +103,10 @@ def tell(run) -> None:
     with open(path, encoding="utf-8") as file:
         summary = json.load(file)["summary"]
     rows = []
-    for name in ("reward", "gold_reward", "kl", "completion_length", "finished"):
+    for name, told in TOLD.items():
         before, after = summary.get(f"untuned/{name}"), summary.get(f"tuned/{name}")
         if after is not None:
-            rows.append([name, before, after, None if before is None else after - before])
+            rows.append([told, before, after, None if before is None else after - before])
     run.console.table("held-out prompts", ["", "before", "after", "change"], rows)
     run.console.note(f"report: {run.path('report.html')}")
 
