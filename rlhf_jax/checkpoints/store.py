@@ -7,7 +7,6 @@ Knows nothing of what a state means, or of when to save. The directory is one th
 
 import contextlib
 import gc
-import hashlib
 import itertools
 import json
 import math
@@ -20,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.checkpoints import quiet
+from rlhf_jax.checkpoints import quiet, record
 from rlhf_jax.checkpoints.digest import digest, named_leaves
+from rlhf_jax.checkpoints.record import one_line
 from rlhf_jax.errors import InputError, StorageError
 from rlhf_jax.parallel import hosts
 
@@ -124,29 +124,20 @@ class CheckpointStore:
         meta = json.loads(json.dumps(meta, allow_nan=False))  # as it will be read back
         leaves = named_leaves(state)
         self._check_room(step, leaves)
-        digests = digest(state)
-        content = {
-            "step": step,
-            "meta": meta,
-            "metrics": {name: _finite(value) for name, value in (metrics or {}).items()},
-            "leaves": {
-                name: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": digests[name]}
-                for name, x in leaves.items()
-            },
-        }
+        content = record.make(step, leaves, digest(state), meta, metrics)
         self._pending = (step, content)  # first: the keep policy runs inside manager.save
         import orbax.checkpoint as ocp
 
         arrays = {name: x for name, x in leaves.items() if x.size}  # orbax refuses arrays of size 0
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
-            meta=ocp.args.JsonSave({"content": content, "sha256": _seal(content)}),
+            meta=ocp.args.JsonSave(record.sealed(content)),
         )
         try:
             accepted = self._manager.save(step, args=items)
         except Exception as error:  # orbax raises of every class
             self._pending = None
-            raise self._failed(f"step {step} could not be saved: {_one_line(error)}") from error
+            raise self._failed(f"step {step} could not be saved: {one_line(error)}") from error
         if not accepted:
             self._pending = None
             raise self._failed(f"step {step} was declined by orbax, which found a newer step")
@@ -159,8 +150,8 @@ class CheckpointStore:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise self._failed(f"step {step} could not be saved: {_one_line(error)}") from error
-        _, reason = self._read_content(step)
+            raise self._failed(f"step {step} could not be saved: {one_line(error)}") from error
+        _, reason = record.read(self._path(step))
         if hosts.agree(DAMAGED if reason else FOUND) != FOUND:
             raise self._failed(
                 f"step {step} could not be saved: {reason or 'another process cannot read it'}"
@@ -225,18 +216,10 @@ class CheckpointStore:
         return None
 
     def _check_asked(self, step: int, stored: dict, asked: dict) -> None:
-        differ = [f"{name}: not in the checkpoint" for name in asked if name not in stored]
-        differ += [f"{name}: in the checkpoint, not expected" for name in stored if name not in asked]
-        for name in asked.keys() & stored.keys():
-            found, expected = stored[name], asked[name]
-            if (tuple(found["shape"]), found["dtype"]) != (expected.shape, str(expected.dtype)):
-                differ.append(
-                    f"{name}: found {found['dtype']}{found['shape']}, "
-                    f"expected {expected.dtype}{list(expected.shape)}"
-                )
+        differ = record.differences(stored, asked)
         if differ:
             raise InputError(
-                f"{self._path(step)} is sound, but of another config: {'; '.join(sorted(differ)[:5])}"
+                f"{self._path(step)} is sound, but of another config: {'; '.join(differ[:5])}"
                 f"{f'; and {len(differ) - 5} more leaves' if len(differ) > 5 else ''}. "
                 "Use the config it was saved with, or another --workdir."
             )
@@ -260,7 +243,7 @@ class CheckpointStore:
             except Exception as error:  # of every class: JSONDecodeError, KeyError, bare Exception, ...
                 known = any(words in str(error) for words in NOT_DAMAGE)
                 mild = known or isinstance(error, (MemoryError, PermissionError))
-                code, reason = UNREADABLE if mild else DAMAGED, _one_line(error)
+                code, reason = UNREADABLE if mild else DAMAGED, one_line(error)
             if code != FOUND:
                 gc.collect()  # orbax leaves coroutines half run; each would print a traceback when it goes
         code = hosts.agree(code)
@@ -288,7 +271,7 @@ class CheckpointStore:
 
     # Directories
 
-    def _path(self, step: int) -> str:
+    def _path(self, step: int | str) -> str:
         return os.path.join(self.directory, str(step))
 
     def _content(self, step: int) -> dict:
@@ -301,34 +284,17 @@ class CheckpointStore:
         moved = []
         if jax.process_index() == 0:
             for name in sorted(filter(str.isdigit, os.listdir(self.directory))):
-                _, reason = self._read_content(name)
+                _, reason = record.read(self._path(name))
                 if reason:
                     moved.append(
                         f"checkpoint {name} is not whole ({reason}); kept in {self._move_aside(name)}"
                     )
         hosts.sync()
         names = sorted(filter(str.isdigit, os.listdir(self.directory)), key=int)
-        self._contents = {int(name): self._read_content(name)[0] for name in names}
+        self._contents = {int(name): record.read(self._path(name))[0] for name in names}
         for line in moved:
             self._log(f"{line}; newest step: {self.latest_step}")
         self._empty_trash()
-
-    def _read_content(self, name) -> tuple[dict | None, str | None]:
-        """(content, None) or (None, what is wrong)."""
-        file = os.path.join(self.directory, str(name), "meta", "metadata")
-        try:
-            with open(file, encoding="utf-8") as opened:
-                item = json.load(opened)
-            content = item["content"]
-            if item["sha256"] != _seal(content):
-                return None, f"{file}: not what was saved"
-            if str(content["step"]) != str(name):
-                return None, f"{file}: of step {content['step']}"
-        except FileNotFoundError:
-            return None, f"{file}: missing"
-        except Exception as error:
-            return None, f"{file}: {_one_line(error)}"
-        return content, None
 
     def _pass_over(self, step: int, reason: str) -> str:
         with contextlib.suppress(Exception):
@@ -420,7 +386,7 @@ def _placed(name: str, x):
     try:
         sharding.shard_shape(x.shape)
     except ValueError as error:
-        raise InputError(f"{name} of shape {x.shape} does not fit this mesh: {_one_line(error)}") from None
+        raise InputError(f"{name} of shape {x.shape} does not fit this mesh: {one_line(error)}") from None
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
@@ -428,18 +394,3 @@ def _num_bytes(x) -> int:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return x.size * 16
     return x.size * x.dtype.itemsize
-
-
-def _finite(value) -> float | None:
-    value = float(value)
-    return value if math.isfinite(value) else None
-
-
-def _seal(content: dict) -> str:
-    """So that one changed character of a meta item shows; it lists every leaf in order, so it seals the tree too."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

@@ -1,7 +1,8 @@
 """Judges a finished (or running) workdir from its files: warning signs, figures, one HTML page.
 
 Lives here: Run and load_run() (what a workdir holds), side_by_side.py and reward_quality.py (measure),
-monitors.py (signs of reward hacking), curves.py (figures), page.py (HTML and CSS), report.py (the page).
+monitors.py (signs of reward hacking), curves.py (what the figures show) and drawing.py (how), page.py (HTML and CSS),
+verdict.py (the top of the page) and report.py (the rest of it).
 May import: every room below training. What reads files only could run on another machine.
 Never: changes weights, imports training, trusts the text of a model, fails because a file is missing."""
 

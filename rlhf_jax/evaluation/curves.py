@@ -5,29 +5,11 @@ follow light and dark; or None where the data is absent. Only numbers and stage 
 model's text. Knows nothing of HTML pages and of what is good or bad."""
 
 import dataclasses
-import io
 import os
-import re
 
 import numpy as np
 
-from rlhf_jax.evaluation import Run, as_list, is_number, load_run, to_array
-
-# Role -> (stand-in colour inside matplotlib, colour of the PNG). The page's CSS has the variable --ROLE.
-ROLES = {
-    "text": ("#010101", "#1f2733"),
-    "muted": ("#020202", "#677083"),
-    "grid": ("#030303", "#e3e7ee"),
-    "before": ("#040404", "#8b94a5"),
-    "after": ("#050505", "#0b8f6f"),
-    "reward": ("#060606", "#2f62d9"),
-    "gold": ("#070707", "#b97a0b"),
-    "kl": ("#080808", "#7d45d6"),
-    "other": ("#090909", "#4a5a73"),
-    "limit": ("#0a0a0a", "#cf3f4a"),
-}
-MAX_POINTS = 300  # of a curve or cloud; more only makes the page larger
-WIDTH, HEIGHT = 3.5, 2.25  # inches
+from rlhf_jax.evaluation import Run, as_list, drawing, is_number, load_run, to_array
 
 # Metric -> (title, unit on the axis, role, what to look for). The order is that of the page.
 # fmt: off
@@ -88,13 +70,13 @@ def stage_curves(run, stage):
             continue
 
         def draw(ax, colours, name=name, role=role, unit=unit, series=(steps, values), held_out=held_out):
-            _curve(ax, colours, *series, role, label="training batches" if len(held_out[0]) else None)
+            drawing.curve(ax, colours, *series, role, label="training batches" if len(held_out[0]) else None)
             _held_out(ax, colours, held_out)
             _reference_lines(ax, colours, run, stage, name, values=series[1])
             ax.set(xlabel="step", ylabel=unit)
-            _legend(ax, colours)
+            drawing.legend(ax, colours)
 
-        figures.append(Figure(title, caption, _svg(draw, f"{stage}-{name}")))
+        figures.append(Figure(title, caption, drawing.svg(draw, f"{stage}-{name}")))
     return figures
 
 
@@ -116,7 +98,7 @@ def reward_against_kl(run, stage):
     )
     caption += "The axis is spaced by the square root of KL, as in Gao et al. 2022 (arXiv:2210.10760)."
     title = "What distance buys: reward against KL"
-    return Figure(title, caption, _svg(draw, f"{stage}-against-kl", rows=count, width=6.0, height=2.0))
+    return Figure(title, caption, drawing.svg(draw, f"{stage}-against-kl", rows=count, width=6.0, height=2.0))
 
 
 def distributions(run):
@@ -127,54 +109,58 @@ def distributions(run):
             values[np.isfinite(values)] for values in (run.evaluated(s, name) for s in ("untuned", "tuned"))
         )
         if len(before) > 1 and len(after) > 1:
-            draw = lambda ax, colours, pair=(before, after), unit=unit: _draw_histogram(
+            draw = lambda ax, colours, pair=(before, after), unit=unit: drawing.histogram(
                 ax, colours, pair, ("before tuning", "after tuning"), ("before", "after"), unit
             )
-            figures.append(Figure(title, caption, _svg(draw, f"distribution-{name}")))
+            figures.append(Figure(title, caption, drawing.svg(draw, f"distribution-{name}")))
     kl = run.evaluated("tuned", "kl")
     kl = kl[np.isfinite(kl)]
     if len(kl) > 1:
-        draw = lambda ax, colours: _draw_histogram(ax, colours, (kl,), (None,), ("kl",), "nats a completion")
+        draw = lambda ax, colours: drawing.histogram(
+            ax, colours, (kl,), (None,), ("kl",), "nats a completion"
+        )
         caption = (
             "How much likelier each tuned completion is under the tuned than under the starting model, as a "
             "log; its mean is the KL. Single values may be negative. A long right tail: some prompts are "
             "pushed much further."
         )
-        figures.append(Figure("KL by completion", caption, _svg(draw, "distribution-kl")))
+        figures.append(Figure("KL by completion", caption, drawing.svg(draw, "distribution-kl")))
     return figures
 
 
 def reward_model_quality(run):
     """Calibration, held-out scores and score against gold, from reward_model.json."""
     data, figures = run.reward_model, []
-    calibration = [row for row in as_list(data.get("calibration")) if _numbers(row, 2)]
+    calibration = [row for row in as_list(data.get("calibration")) if drawing.has_numbers(row, 2)]
     if len(calibration) > 1:
         caption = (
             "Where the model says 80%, the labels should agree 80% of the time: dots on the diagonal. "
             "Flatter than the diagonal: too sure of itself. Larger dots stand for more pairs."
         )
-        draw = lambda ax, colours: _draw_calibration(ax, colours, calibration)
-        figures.append(Figure("Calibration", caption, _svg(draw, "calibration")))
+        draw = lambda ax, colours: drawing.calibration(ax, colours, calibration)
+        figures.append(Figure("Calibration", caption, drawing.svg(draw, "calibration")))
     chosen, rejected = (
         values[np.isfinite(values)] for values in map(to_array, (data.get("chosen"), data.get("rejected")))
     )
     if len(chosen) > 1 and len(rejected) > 1:
-        draw = lambda ax, colours: _draw_histogram(
+        draw = lambda ax, colours: drawing.histogram(
             ax, colours, (rejected, chosen), ("rejected", "chosen"), ("before", "after"), "reward units"
         )
         caption = (
             "Scores of held-out pairs. Chosen should lie right; the hills overlap as the labels are noisy."
         )
-        figures.append(Figure("Held-out scores", caption, _svg(draw, "held-out-scores")))
-    points = np.array([row[:2] for row in as_list(data.get("gold")) if _numbers(row, 2)], float)
+        figures.append(Figure("Held-out scores", caption, drawing.svg(draw, "held-out-scores")))
+    points = np.array([row[:2] for row in as_list(data.get("gold")) if drawing.has_numbers(row, 2)], float)
     if len(points) > 2:
         rank = spearman(points[:, 0], points[:, 1])
-        draw = lambda ax, colours: _draw_cloud(ax, colours, points)
+        draw = lambda ax, colours: drawing.cloud(ax, colours, points)
         caption = (
             f"Each dot is a held-out completion (rank correlation {rank:.2f}). A rising cloud means that the "
             "learned reward knows what is wanted; top left corners are what a policy will exploit."
         )
-        figures.append(Figure("Learned against true reward", caption, _svg(draw, "score-against-gold")))
+        figures.append(
+            Figure("Learned against true reward", caption, drawing.svg(draw, "score-against-gold"))
+        )
     return figures
 
 
@@ -188,9 +174,9 @@ def save_summary_png(workdir):
     import matplotlib
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    colours = {role: pair[1] for role, pair in ROLES.items()}
+    colours = {role: pair[1] for role, pair in drawing.ROLES.items()}
     path = os.path.join(run.workdir, "summary.png")
-    with matplotlib.rc_context(_style(colours, size=9.0)):
+    with matplotlib.rc_context(drawing.style(colours, size=9.0)):
         columns = min(2, len(panels))
         rows = -(-len(panels) // columns)
         figure = MatplotlibFigure(
@@ -217,10 +203,10 @@ def _summary_panels(run):
 
         def over_steps(axes, colours):
             for ax, name in zip(np.atleast_1d(axes), names, strict=True):
-                _curve(ax, colours, *run.series(stage, name), CURVES[name][2])
+                drawing.curve(ax, colours, *run.series(stage, name), CURVES[name][2])
                 short = {"reward": "learned\nreward", "gold_reward": "true\nreward", "kl": "KL\n(nats)"}[name]
                 ax.set_ylabel(short, color=colours[CURVES[name][2]], fontsize=8)
-            np.atleast_1d(axes)[-1].set_xlabel(f"{_plain(stage)} step")
+            np.atleast_1d(axes)[-1].set_xlabel(f"{drawing.plain(stage)} step")
 
         if names:
             panels.append(("Training on the learned reward", len(names), over_steps))
@@ -228,24 +214,24 @@ def _summary_panels(run):
     pair = run.paired(gold_name)
     if len(pair[0]) > 1 and len(pair[1]) > 1:
         unit = (
-            _plain(run.evaluation.get("gold_name") or "true reward")
+            drawing.plain(run.evaluation.get("gold_name") or "true reward")
             if gold_name == "gold_reward"
             else "reward units"
         )
         labels = tuple(
             f"{name}, mean {v.mean():+.2f}" for name, v in zip(("before", "after"), pair, strict=True)
         )
-        draw = lambda ax, colours: _draw_histogram(ax, colours, pair, labels, ("before", "after"), unit)
+        draw = lambda ax, colours: drawing.histogram(ax, colours, pair, labels, ("before", "after"), unit)
         panels.append(("Held-out prompts, before and after", 1, draw))
     steps, accuracy = run.series("reward_model", "accuracy")
     if len(steps) > 1:
 
         def learned(ax, colours):
-            _curve(ax, colours, steps, accuracy, "reward", label="training batches")
+            drawing.curve(ax, colours, steps, accuracy, "reward", label="training batches")
             _held_out(ax, colours, run.series("reward_model", "eval/accuracy"))
             _reference_lines(ax, colours, run, "reward_model", "accuracy", accuracy)
             ax.set(xlabel="reward model step", ylabel="share of pairs ranked right")
-            _legend(ax, colours)
+            drawing.legend(ax, colours)
 
         panels.append(("Reward model", 1, learned))
     if stages and _enough_against_kl(run, stages[-1]):
@@ -262,34 +248,6 @@ def spearman(x, y):
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(counts) - (counts - 1) / 2.0)[inverse])
     return float(np.corrcoef(*ranks)[0, 1]) if min(map(np.ptp, ranks)) > 0 else 0.0
-
-
-def _numbers(row, count):
-    return isinstance(row, list) and len(row) >= count and all(map(is_number, row[:count]))
-
-
-def _blocks(values, count=MAX_POINTS):
-    """Means of `count` equal blocks in order; the values themselves if there are fewer."""
-    return np.array([block.mean() for block in np.array_split(values, min(count, len(values)))])
-
-
-def _smooth(values):
-    """Centred running mean over a tenth of the curve, narrower at the ends."""
-    half = len(values) // 20
-    padded = np.concatenate([[0.0], np.cumsum(values)])
-    low = np.maximum(np.arange(len(values)) - half, 0)
-    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    return (padded[high] - padded[low]) / (high - low)
-
-
-def _curve(ax, colours, steps, values, role, label=None):
-    """The values pale and their running mean bold; few values as dots."""
-    steps, values = _blocks(steps), _blocks(values)
-    if len(values) < 20:
-        ax.plot(steps, values, color=colours[role], linewidth=1.6, marker="o", markersize=3, label=label)
-        return
-    ax.plot(steps, values, color=colours[role], linewidth=0.8, alpha=0.35)
-    ax.plot(steps, _smooth(values), color=colours[role], linewidth=1.9, label=label)
 
 
 def _held_out(ax, colours, series):
@@ -314,11 +272,6 @@ def _reference_lines(ax, colours, run, stage, name, values):
         ax.axhline(0, color=colours["muted"], linestyle=":", linewidth=1.0)
 
 
-def _legend(ax, colours):
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False, labelcolor=colours["muted"], handlelength=1.6, borderaxespad=0.2)
-
-
 def _against_kl_rows(run, stage):
     return [name for name in ("reward", "gold_reward") if len(run.series(stage, name)[0]) > 3]
 
@@ -336,7 +289,7 @@ def _draw_against_kl(axes, colours, run, stage):
         steps, values = run.series(stage, name)
         common, of_kl, of_values = np.intersect1d(kl_steps, steps, return_indices=True)
         count = min(40, len(common))
-        x, y = np.maximum(_blocks(kl[of_kl], count), 0.0), _blocks(values[of_values], count)
+        x, y = np.maximum(drawing.blocks(kl[of_kl], count), 0.0), drawing.blocks(values[of_values], count)
         colour = colours[CURVES[name][2]]
         ax.plot(x, y, color=colour, linewidth=0.8, alpha=0.3)
         ax.scatter(x, y, s=16, color=colour, alpha=np.linspace(0.2, 1.0, len(x)), linewidths=0)
@@ -359,87 +312,3 @@ def _draw_against_kl(axes, colours, run, stage):
         far = [tick for tick in ticks if tick == 0 or np.sqrt(tick) > 0.06 * np.sqrt(furthest)]
         ax.set_xticks(far, labels=[f"{tick:g}" for tick in far])
     axes[-1].set_xlabel("KL from the starting model (nats a completion, square-root scale)")
-
-
-def _draw_histogram(ax, colours, groups, labels, roles, unit):
-    together = np.concatenate(groups)
-    low, high = together.min(), together.max()
-    if high - low < 1e-9 * max(1.0, abs(high)):
-        low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, min(30, max(8, len(together) // 8)) + 1)
-    if high - low < 60 and high - low >= 4 and np.all(together == np.round(together)):
-        edges = np.arange(low, high + 2) - 0.5  # counts: one bar each
-    for values, label, role in zip(groups, labels, roles, strict=True):
-        share = np.histogram(values, edges)[0] / len(values)
-        ax.stairs(share, edges, fill=True, color=colours[role], alpha=0.28)
-        ax.stairs(share, edges, color=colours[role], linewidth=1.4, label=label)
-        ax.axvline(values.mean(), color=colours[role], linestyle="--", linewidth=1.2)
-    ax.set(xlabel=f"{unit} (dashed: mean)", ylabel="share of completions")
-    ax.margins(y=0.2)
-    _legend(ax, colours)
-
-
-def _draw_calibration(ax, colours, rows):
-    x, y = np.array([row[:2] for row in rows], float).T
-    counts = np.array([row[2] if _numbers(row, 3) else 1.0 for row in rows], float)
-    ax.plot([0, 1], [0, 1], color=colours["muted"], linestyle=":", linewidth=1.0)
-    ax.plot(x, y, color=colours["reward"], linewidth=0.9, alpha=0.5)
-    ax.scatter(
-        x, y, s=10 + 70 * counts / max(counts.max(), 1e-9), color=colours["reward"], alpha=0.8, linewidths=0
-    )
-    ax.set(xlabel="predicted probability", ylabel="observed share", xlim=(0, 1), ylim=(0, 1))
-
-
-def _draw_cloud(ax, colours, points):
-    points = points[:: -(-len(points) // MAX_POINTS)]
-    ax.scatter(points[:, 1], points[:, 0], s=9, color=colours["gold"], alpha=0.5, linewidths=0)
-    ax.set(xlabel="true reward (gold units)", ylabel="learned reward (reward units)")
-
-
-def _plain(text):
-    """matplotlib reads a dollar sign as the beginning of a formula."""
-    return str(text).replace("$", r"\$")
-
-
-def _style(colours, size=8.5):
-    muted = colours["muted"]
-    return {
-        "font.family": "DejaVu Sans", "font.size": size, "legend.fontsize": size - 1,
-        "text.color": colours["text"], "axes.titlecolor": colours["text"],
-        "axes.labelsize": size - 0.5, "axes.labelcolor": muted, "axes.edgecolor": colours["grid"],
-        "axes.spines.top": False, "axes.spines.right": False,
-        "axes.grid": True, "axes.axisbelow": True, "grid.color": colours["grid"], "grid.linewidth": 0.7,
-        "xtick.color": muted, "xtick.labelsize": size - 1, "xtick.major.size": 0,
-        "ytick.color": muted, "ytick.labelsize": size - 1, "ytick.major.size": 0,
-        "svg.fonttype": "none", "path.simplify": True, "path.simplify_threshold": 0.2,
-    }  # fmt: skip
-
-
-def _svg(draw, name, rows=1, width=WIDTH, height=HEIGHT):
-    """Draws into `rows` axes that share x and gives inline SVG in the page's colours."""
-    import matplotlib  # here, because it takes half a second
-    from matplotlib.figure import Figure as MatplotlibFigure
-
-    colours = {role: pair[0] for role, pair in ROLES.items()}
-    buffer = io.StringIO()
-    # Ids are hashes with this salt: figures of one page must not share them.
-    with matplotlib.rc_context({**_style(colours), "svg.hashsalt": name}):
-        figure = MatplotlibFigure(figsize=(width, height * rows), layout="constrained")
-        axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
-        draw(axes if rows > 1 or width != WIDTH else axes[0], colours)
-        figure.align_ylabels(axes)
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(buffer.getvalue())
-
-
-def _inline(svg):
-    """matplotlib's SVG file as markup for inside a page: no header, links, style sheet or idle ids."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| (?:width|height)="[\d.]+pt"', "", svg)
-    svg = svg.replace("xlink:href=", "href=")
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
-    for role, (stand_in, _) in ROLES.items():
-        svg = svg.replace(stand_in, f"var(--{role})")
-    return re.sub(r"\s*\n\s*", "\n", svg).strip()

@@ -22,15 +22,19 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> j
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
-    named = dict(zip(AXES, sizes, strict=True))
+    named = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise InputError(f"mesh {named}: sizes must be 1 or more, and at most one of them -1 (the rest).")
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
-    if math.prod(sizes) != len(devices):
         raise InputError(
-            f"mesh {named} needs {abs(math.prod(sizes.copy()))} devices in all and there are {len(devices)}; "
-            "change config.mesh.data, .fsdp and .tensor so that their product is the number of devices."
+            f"config.mesh is {named}; sizes must be 1 or more, and at most one of them -1 (what the others leave)."
+        )
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        fit = "does not divide" if -1 in (data, fsdp, tensor) else "is not"
+        raise InputError(
+            f"config.mesh is {named}: {fixed} {fit} the number of devices, {len(devices)}; change "
+            "config.mesh.data, .fsdp and .tensor so that their product is the number of devices (-1: the rest)."
         )
     # Auto axes: linen's logical constraints are requests to the partitioner (explicit axes make them assertions).
     kinds = (jax.sharding.AxisType.Auto,) * len(AXES)

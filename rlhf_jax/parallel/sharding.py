@@ -113,7 +113,7 @@ def put_batch(batch, mesh: Mesh):
         if x.shape[0] % ways:
             raise InputError(
                 f"a batch of {x.shape[0]} rows cannot be split over {ways} devices (mesh axes {axes}); "
-                "make the batch size a multiple of them."
+                f"make the stage's batch_size a multiple of {ways}, or change config.mesh."
             )
         return jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec(axes)))
 

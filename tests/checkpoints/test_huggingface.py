@@ -1,73 +1,23 @@
-"""Weights in and out of Hugging Face directories: layouts, precision, memory, and files that are not what they say."""
+"""Weights in and out of Hugging Face directories: layouts, precision, and what may be missing."""
 
 import json
-import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from rlhf_jax.checkpoints import huggingface
 from rlhf_jax.errors import InputError
-from rlhf_jax.models.llama import Llama, LlamaConfig
 from rlhf_jax.parallel.mesh import make_mesh
+from tests.checkpoints.made_models import GOLDEN, config_of, edit_json, random_params, rewrite
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 SHAPES = {  # sizes that differ wherever they may, so that no two axes can be confused
     "untied": dict(num_kv_heads=2),
     "tied with biases": dict(num_kv_heads=4, tie_embeddings=True, attention_bias=True, mlp_bias=True),
 }
-
-
-def config_of(**fields):
-    sizes = dict(
-        vocab_size=40,
-        hidden_size=24,
-        intermediate_size=56,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=10,
-    )
-    return LlamaConfig(**(sizes | fields))
-
-
-def random_params(config, seed=0, dtype=np.float32):
-    """Every leaf as the decoder itself declares it, with distinct random values."""
-    rng = np.random.default_rng(seed)
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), ids, ids)["params"]
-    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(dtype), shapes_of(shapes))
-
-
-def shapes_of(boxed):
-    from flax import linen as nn
-
-    return nn.meta.unbox(boxed)
-
-
-@pytest.fixture
-def saved(tmp_path):
-    """(directory of a small checkpoint, its config, its params)"""
-    config = config_of()
-    params = random_params(config)
-    huggingface.save_llama(str(tmp_path / "model"), config, params)
-    return tmp_path / "model", config, params
-
-
-def rewrite(directory, change):
-    """Apply `change` to the dict of stored tensors of a single-file checkpoint."""
-    tensors = load_file(directory / "model.safetensors")
-    change(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_json(file, **fields):
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 # Round trips and layouts
@@ -237,142 +187,6 @@ def test_untied_head_must_be_there(saved):
     rewrite(directory, lambda t: t.pop("lm_head.weight"))
     with pytest.raises(InputError, match=r"lm_head.weight: missing, expected \[40, 24\]"):
         huggingface.load_llama(str(directory))
-
-
-# Files that are not what they say
-
-
-def test_pickle_alone_is_refused_with_the_way_to_convert(saved):
-    directory, *_ = saved
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"pytorch_model.bin(.|\n)*refused(.|\n)*save_pretrained"):
-        huggingface.load_llama(str(directory))
-
-
-def test_pickle_beside_safetensors_is_not_read(saved):
-    directory, _, params = saved
-    (directory / "pytorch_model.bin").write_bytes(b"not a pickle")
-    jax.tree.map(np.testing.assert_array_equal, huggingface.load_llama(str(directory))[1], params)
-
-
-def test_no_weights_at_all(saved):
-    directory, *_ = saved
-    (directory / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="neither model.safetensors nor"):
-        huggingface.load_llama(str(directory))
-
-
-def test_lfs_pointer(saved):
-    directory, *_ = saved
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 123\n"
-    (directory / "model.safetensors").write_text(pointer)
-    with pytest.raises(InputError, match="Git LFS pointer(.|\n)*git lfs pull"):
-        huggingface.load_llama(str(directory))
-
-
-def truncated(data):
-    return data[: len(data) // 2]
-
-
-def header_beyond_the_file(data):
-    return (2**40).to_bytes(8, "little") + data[8:]
-
-
-def tensors_beyond_the_file(data):
-    # A header that promises 4 TB: refused before anything of that size is asked for.
-    header = json.dumps({"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-    return len(header).to_bytes(8, "little") + header
-
-
-def short_shape(data):
-    # The shape says fewer bytes than the offsets.
-    header = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}).encode()
-    return len(header).to_bytes(8, "little") + header + b"\0" * 8
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        truncated,
-        header_beyond_the_file,
-        tensors_beyond_the_file,
-        short_shape,
-        lambda data: b"",
-        lambda data: data[:5],
-    ],
-)
-def test_damaged_safetensors(saved, damage):
-    directory, *_ = saved
-    file = directory / "model.safetensors"
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(InputError, match="model.safetensors is not a complete safetensors file"):
-        huggingface.load_llama(str(directory))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../../x.safetensors",
-        "/etc/passwd",
-        "/x.safetensors",
-        "a/b.safetensors",
-        "..\\x.safetensors",
-        "x\0.safetensors",
-        "..safetensors",
-        "",
-        "model.bin",
-        3,
-    ],
-)
-def test_index_with_a_name_that_leads_elsewhere(tmp_path, name):
-    directory = tmp_path / "m"
-    shutil.copytree(GOLDEN / "llama2", directory)
-    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
-    index = directory / "model.safetensors.index.json"
-    raw = json.loads(index.read_text())
-    raw["weight_map"]["model.norm.weight"] = name
-    index.write_text(json.dumps(raw))
-    with pytest.raises(InputError, match="refused|must give a file name"):
-        huggingface.load_llama(str(directory))
-
-
-def test_shard_missing_and_tensor_in_the_wrong_shard(tmp_path):
-    shutil.copytree(GOLDEN / "llama2", tmp_path / "m")
-    index = tmp_path / "m" / "model.safetensors.index.json"
-    raw = json.loads(index.read_text())
-    old = raw["weight_map"]["model.norm.weight"]
-    other = next(file for file in sorted(raw["weight_map"].values()) if file != old)
-    raw["weight_map"]["model.norm.weight"] = other
-    index.write_text(json.dumps(raw))
-    with pytest.raises(InputError) as error:
-        huggingface.load_llama(str(tmp_path / "m"))
-    assert f"model.norm.weight: not in {other}" in str(error.value)
-    assert f"model.norm.weight: in {old}, which the index does not say" in str(error.value)
-    (tmp_path / "m" / other).unlink()
-    with pytest.raises(InputError, match=f"files that are not there: {other}"):
-        huggingface.load_llama(str(tmp_path / "m"))
-
-
-def test_links_are_followed_as_in_the_hub_cache(tmp_path):
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "blobs").mkdir()
-    for number, file in enumerate((GOLDEN / "llama2").iterdir()):
-        shutil.copy(file, tmp_path / "blobs" / str(number))
-        (tmp_path / "snapshot" / file.name).symlink_to(f"../blobs/{number}")
-    config, _ = huggingface.load_llama(str(tmp_path / "snapshot"))
-    assert config.num_layers == 2
-
-
-def test_code_in_a_checkpoint_never_runs(saved):
-    directory, _, params = saved
-    marker = directory / "ran"
-    (directory / "modeling_evil.py").write_text(f"open({str(marker)!r}, 'w').close()")
-    edit_json(
-        directory / "config.json",
-        auto_map={"AutoConfig": "modeling_evil.Config", "AutoModelForCausalLM": "modeling_evil.Model"},
-    )
-    jax.tree.map(np.testing.assert_array_equal, huggingface.load_llama(str(directory))[1], params)
-    assert not marker.exists()
 
 
 # Where checkpoints come from

@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_jax.checkpoints.store import CheckpointStore
 
 KILLS = """
-import os, random, signal, sys, time
+import os, random, signal, sys, time, traceback
 import jax, jax.numpy as jnp
 import orbax.checkpoint
 from rlhf_jax.checkpoints.store import CheckpointStore
@@ -41,13 +41,15 @@ def child():
                 file.write(done)
             os.replace(acknowledged + ".new", acknowledged)
 
-rng = random.Random(0)
-for _ in range(5):
+rng, kills, promised = random.Random(0), 0, 0
+while kills < 5 or promised < 5:  # a busy machine gets through fewer saves between kills
     wait, ready = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             child()
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(6)
     os.close(ready)
@@ -58,6 +60,8 @@ for _ in range(5):
     os.close(wait)
     if not os.WIFSIGNALED(status):
         sys.exit(f"child ended by itself: {os.WEXITSTATUS(status)}")
+    with open(acknowledged) as file:
+        kills, promised = kills + 1, int(file.read())
 """
 
 
@@ -69,7 +73,6 @@ def test_kills_during_saves_lose_nothing_acknowledged(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-2000:]
     promised = int(acknowledged.read_text())
-    assert promised >= 5  # it gets on
     log = []
     with CheckpointStore(str(directory), log=log.append) as store:
         asked = {
