@@ -328,6 +328,8 @@ class CheckpointStore:
         try:
             # Here, where the error is plain: in orbax's threads it would hold the interpreter for minutes at exit.
             probe = os.path.join(self.directory, f".probe.{jax.process_index()}")
+            with contextlib.suppress(FileNotFoundError):  # there if a run was killed right here
+                os.rmdir(probe)
             os.mkdir(probe)
             os.rmdir(probe)
             free = shutil.disk_usage(self.directory).free

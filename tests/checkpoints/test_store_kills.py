@@ -1,5 +1,6 @@
 """A process that is killed while it saves: nothing it was told is saved is lost."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax.checkpoints.store import CheckpointStore
 
@@ -85,3 +87,16 @@ def test_kills_during_saves_lose_nothing_acknowledged(tmp_path):
         store.save(restored.step + 1, restored.state, {})
     left = {path.name for path in pathlib.Path(directory).iterdir()}
     assert not any("tmp" in name for name in left) and "corrupt" not in left and "trash" not in left
+
+
+def test_what_a_kill_leaves_of_the_write_test_stops_no_later_save(tmp_path, monkeypatch):
+    """The directory is tried with a mkdir before each save; a kill may come before its rmdir."""
+    state = {"x": jnp.arange(4)}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt), CheckpointStore(str(tmp_path), log=print) as store:
+            store.save(1, state, {})
+    with CheckpointStore(str(tmp_path), log=print) as store:
+        store.save(1, state, {})
+    with CheckpointStore(str(tmp_path), log=print) as store:
+        assert store.steps() == [1]
