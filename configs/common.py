@@ -91,7 +91,9 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         keep_latest=2,
         keep_best=1,
         wandb_project="",  # of Weights & Biases; empty: metrics.jsonl and TensorBoard only
-        tags=dict(sft={}, reward_model={}, ppo={}),  # metric name -> another name to log it under as well
+        tags=dict(
+            sft={}, reward_model={}, ppo={}
+        ),  # stage -> metric name -> another name to log it under as well
     )
     SIZES[size](config)
     return config
@@ -119,6 +121,49 @@ def stage(*, steps, batch_size, learning_rate) -> config_dict.ConfigDict:
             ),
         )
     )
+
+
+OFFLINE = ("steps", "batch_size", "num_microbatches", "train", "eval_every_steps", "optimizer")
+ONLINE = (*OFFLINE, "num_completions", "rollout_epochs", "num_minibatches", "reward_reference_batches", "kl_coeff",
+          "kl_kind", "kl_target", "kl_horizon", "entropy_coeff", "reward_clip", "missing_eos_rule",
+          "missing_eos_value")  # fmt: skip
+
+
+def instead_of(config, old: str, name: str, shared: tuple[str, ...], **own) -> None:
+    """config.NAME in the place of config.OLD, with its values of the keys that both have, and keys of its own."""
+    section = config_dict.ConfigDict({key: config[old][key] for key in shared})
+    section.update(own)
+    del config[old], config.logging.tags[old]
+    config[name], config.logging.tags[name] = section, {}
+
+
+def from_preferences(size: str, name: str, **own) -> config_dict.ConfigDict:
+    """A config that tunes the policy on preferences themselves."""
+    config = get_config(size)
+    del config.ppo, config.logging.tags.ppo
+    instead_of(config, "reward_model", name, OFFLINE, **own)
+    config.stages = (*first_stages(size), name, "evaluation")
+    return config
+
+
+def from_reward(size: str, name: str, **own) -> config_dict.ConfigDict:
+    """A config that tunes the policy on rewards of its own samples."""
+    config = get_config(size)
+    instead_of(config, "ppo", name, ONLINE, **own)
+    config.stages = (*first_stages(size), "reward_model", name, "evaluation")
+    return config
+
+
+def in_groups(config, name: str, num_completions: int) -> None:
+    """As many completions a step as before, `num_completions` to each prompt."""
+    section = config[name]
+    total = section.batch_size * section.num_completions
+    section.update(batch_size=total // num_completions, num_completions=num_completions, num_microbatches=1)
+
+
+def first_stages(size: str) -> tuple[str, ...]:
+    """What comes before learning: the self-made base of tiny knows nothing until it is taught."""
+    return ("sft", "preferences") if size == "tiny" else ("preferences",)
 
 
 def tiny(config):

@@ -7,7 +7,5 @@ from configs import common
 
 def get_config(size="tiny"):
     config = common.get_config(size)
-    config.stages = ("preferences", "reward_model", "ppo")
-    if size == "tiny":  # its self-made base knows nothing until it is taught
-        config.stages = ("sft", *config.stages)
+    config.stages = (*common.first_stages(size), "reward_model", "ppo")
     return config

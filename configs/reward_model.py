@@ -8,7 +8,5 @@ from configs import common
 
 def get_config(size="tiny"):
     config = common.get_config(size)
-    config.stages = (
-        ("sft", "preferences", "reward_model") if size == "tiny" else ("preferences", "reward_model")
-    )
+    config.stages = (*common.first_stages(size), "reward_model")
     return config

@@ -62,40 +62,51 @@ def discounted_returns(rewards, mask, gamma=1.0):
     return gae(rewards, jnp.zeros(mask.shape, jnp.float32), mask, gamma, 1.0)[0]
 
 
-def group_relative(rewards, scale="group", eps=1e-4):
+def group_relative(rewards, scale="group", eps=1e-4, weights=None):
     """Each reward less the mean of its group, over a deviation.
 
     Args:
       rewards: [B, G]. scale: by the deviation of the group or of the batch (unbiased, with eps added), or none.
+      weights: [B, G], 0 takes a completion out of every mean and deviation; None: all count.
     Returns: [B, G] float32. Groups of equal rewards are exactly 0: they teach nothing, not rounding.
     Raises: ValueError for another scale.
     """
     chex.assert_rank(rewards, 2)
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; expected one of {', '.join(SCALES)}.")
-    centred = _less_mean(rewards, axis=1)
+    counts = jnp.ones(rewards.shape, bool) if weights is None else weights > 0
+    centred = _less_mean(rewards, counts)
     if scale == "none":
         return centred
-    spread = centred if scale == "group" else _less_mean(rewards.reshape(1, -1), axis=1)
-    n = spread.shape[1]
-    deviation = jnp.sqrt(jnp.square(spread).sum(1, keepdims=True) / max(n - 1, 1))
+    if scale == "group":
+        spread, n = centred, counts
+    else:
+        spread, n = _less_mean(rewards.reshape(1, -1), counts.reshape(1, -1)), counts.reshape(1, -1)
+    n = n.sum(1, keepdims=True)
+    deviation = jnp.sqrt(jnp.square(spread).sum(1, keepdims=True) / jnp.maximum(n - 1, 1))
     return centred / jnp.broadcast_to(deviation + eps, centred.shape)
 
 
-def leave_one_out(rewards):
+def leave_one_out(rewards, weights=None):
     """[B, G] float32: each reward less the mean of the others of its group.
 
     A group of one has no others, so no baseline: its advantage is the reward itself, as in plain REINFORCE.
+
+    Args:
+      weights: [B, G], 0 takes a completion out of its group; None: all count.
     """
     chex.assert_rank(rewards, 2)
-    G = rewards.shape[1]
-    if G == 1:
-        return rewards.astype(jnp.float32)
-    return _less_mean(rewards, axis=1) * (G / (G - 1))
+    counts = jnp.ones(rewards.shape, bool) if weights is None else weights > 0
+    n = jnp.broadcast_to(counts.sum(1, keepdims=True), rewards.shape)
+    alone = jnp.where(counts, rewards.astype(jnp.float32), 0.0)
+    return jnp.where(n > 1, _less_mean(rewards, counts) * (n / jnp.maximum(n - 1, 1)), alone)
 
 
-def _less_mean(x, axis):
-    """x minus its mean, exactly 0 where all are equal: the mean of three 0.1 need not be 0.1 in float32."""
-    x = x.astype(jnp.float32)
-    shifted = x - jax.lax.slice_in_dim(x, 0, 1, axis=axis)
-    return shifted - shifted.mean(axis, keepdims=True)
+def _less_mean(x, counts):
+    """[B, G] x minus the mean of each row, 0 where it does not count. Exactly 0 where all of a row are equal: the mean
+    of three 0.1 need not be 0.1 in float32."""
+    x = jnp.where(counts, x.astype(jnp.float32), 0.0)
+    first = jnp.take_along_axis(x, counts.argmax(1, keepdims=True), axis=1)
+    shifted = jnp.where(counts, x - first, 0.0)
+    mean = shifted.sum(1, keepdims=True) / jnp.maximum(counts.sum(1, keepdims=True), 1)
+    return jnp.where(counts, shifted - mean, 0.0)

@@ -4,16 +4,19 @@ Keys and types are the parser's business; here it is what the numbers mean."""
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training.run import settings_of
 from rlhf_jax.training.wandb_writer import check_installed
 
 POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_minibatches", "rollout_epochs", "rank",
             "alpha", "prompt_tokens", "completion_tokens", "num_pairs", "num_completions", "save_every_steps",
             "log_every_steps", "samples_every_steps", "coin_scale", "reward_reference_batches", "keep_latest", "eps",
-            "clip_epsilon", "value_clip", "kl_horizon", "max_kl", "head_multiplier")  # fmt: skip
-NOT_NEGATIVE = ("kl_coeff", "kl_target", "temperature", "top_k", "warmup_steps", "weight_decay", "clip_norm",
-                "value_coeff", "entropy_coeff", "reward_clip", "dual_clip", "center_coeff", "eval_every_steps",
-                "held_out_prompts", "held_out_pairs", "vocab_chunk", "min_new_tokens", "num_samples",
-                "keep_best", "layers")  # fmt: skip
+            "clip_epsilon", "value_clip", "clip_low", "clip_high", "beta", "discopop_tau", "kl_horizon", "max_kl",
+            "head_multiplier")  # fmt: skip
+NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps", "weight_decay",
+                "clip_norm", "value_coeff", "entropy_coeff", "reward_clip", "dual_clip", "ratio_clip", "center_coeff",
+                "eval_every_steps", "held_out_prompts", "held_out_pairs", "vocab_chunk", "min_new_tokens",
+                "num_samples", "keep_best", "layers")  # fmt: skip
 FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p")
 CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
@@ -28,7 +31,6 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "float16"),
 }
-TRAINING_STAGES = ("sft", "reward_model", "ppo")
 
 
 def check_config(config, known_stages) -> None:
@@ -42,8 +44,10 @@ def check_config(config, known_stages) -> None:
         raise InputError(
             f"config.stages is {tuple(config.stages)}; expected some of {', '.join(known_stages)}."
         )
-    for name in TRAINING_STAGES:
-        if name in config.stages:
+    for name in config.stages:
+        if name in ALGORITHMS:
+            if name not in config:
+                raise InputError(f"config.stages has {name!r}, of which this config has no section.")
             _check_stage(name, config[name])
     if config.data.preferences and "preferences" in config.stages:
         raise InputError(
@@ -76,3 +80,6 @@ def _check_stage(name, section):
             f"config.{name}.batch_size {section.batch_size} cannot be cut into {minibatches} minibatches of "
             f"{section.num_microbatches} microbatches; make it a multiple of {pieces}."
         )
+    wrong = settings_of(name, section).check()
+    if wrong:
+        raise InputError(f"config.{name}.{wrong}")

@@ -25,7 +25,9 @@ from rlhf_jax.training.algorithms import ALGORITHMS, Network
 from rlhf_jax.training.loop import Logging
 from rlhf_jax.training.optimizer import make_optimizer, make_schedule
 
-SALTS = {"sft": 1, "preferences": 2, "reward_model": 3, "ppo": 4, "evaluation": 5}  # of the random streams
+# Of the random streams. A number once given stays: with another, no run of before could be repeated.
+SALTS = {"sft": 1, "preferences": 2, "reward_model": 3, "ppo": 4, "evaluation": 5, "dpo": 6, "a2c": 7, "reinforce": 8,
+         "reinforce_pp": 9, "rloo": 10, "grpo": 11}  # fmt: skip
 
 
 class Run:

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from experiments import cli, evaluate, export, pipeline
 from experiments import run as run_command
 from rlhf_jax.errors import InputError, Interrupted, NumericsError
 from rlhf_jax.training import loop, online
+from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.metrics import read_metrics
 
 SMALL = [
@@ -34,9 +36,21 @@ SMALL = [
 ]
 
 
-def run_small(workdir, *more, config="configs/pipeline.py:tiny"):
-    overrides = [f"--config.{item}" for item in (*SMALL, *more)]
-    run_command.command([f"--config={config}", f"--workdir={workdir}", *overrides])
+ALGORITHM_CONFIGS = sorted(
+    path.stem
+    for path in pathlib.Path("configs").glob("*.py")
+    if path.stem in ALGORITHMS and path.stem not in ("sft", "reward_model", "ppo")
+)
+
+
+def run_small(workdir, *more, config="pipeline"):
+    """The config with what SMALL has for its sections, and `more`."""
+    spec = f"configs/{config}.py:tiny"
+    sections = cli.load_config(spec, [])
+    fitting = [item for item in SMALL if item.partition(".")[0] in sections]
+    run_command.command(
+        [f"--config={spec}", f"--workdir={workdir}", *(f"--config.{item}" for item in (*fitting, *more))]
+    )
 
 
 class Reads:
@@ -261,7 +275,7 @@ def test_the_stop_request_is_set_by_sigterm_and_handlers_are_put_back():
 def test_config_files_load_at_every_size_and_pass_the_checks():
     from rlhf_jax.training.checks import check_config
 
-    for name in ("sft", "reward_model", "ppo", "pipeline"):
+    for name in ("sft", "reward_model", "ppo", "pipeline", *ALGORITHM_CONFIGS):
         for size in ("tiny", "smollm2", "llama2_7b", "llama2_13b", "llama2_70b"):
             config = cli.load_config(f"configs/{name}.py:{size}", [])
             check_config(config, tuple(pipeline.STAGES))
@@ -280,3 +294,27 @@ def test_a_value_network_of_its_own(finished, tmp_path, value):
     zero_head = [m for m in read_metrics(finished / "metrics.jsonl") if m["stage"] == "ppo"][0]
     same = ppo[0]["explained_variance"] == zero_head["explained_variance"]
     assert same == (value == "own")  # zeros explain nothing; the reward model says something from the start
+
+
+@pytest.mark.parametrize("name", ALGORITHM_CONFIGS)
+def test_every_algorithm_runs_from_its_config(finished, tmp_path, monkeypatch, name):
+    """Two steps after the SFT, preferences and reward model of the finished run, then evaluation and report."""
+    workdir = tmp_path / name
+    workdir.mkdir()
+    for part in ("base", "roles/sft", "roles/reward_model"):
+        shutil.copytree(finished / part, workdir / part)
+    for part in ("preferences.jsonl", "preferences_held_out.jsonl"):
+        shutil.copy(finished / part, workdir)
+    reads = Reads(monkeypatch)
+    run_small(workdir, f"{name}.steps=2", f"{name}.batch_size=16", config=name)
+    rows = [m for m in read_metrics(workdir / "metrics.jsonl") if m["stage"] == name]
+    assert [m["step"] for m in rows] == [1, 2] and all(math.isfinite(m["loss"]) for m in rows)
+    assert rows[0]["skipped_updates"] == 0 and rows[1]["grad_norm"] > 0
+    if ALGORITHMS[name].online:
+        assert abs(rows[0]["kl"]) < 1e-4 < abs(rows[1]["kl"])  # the policy starts as the reference, and moves
+        assert max(m["first_ratio_gap"] for m in rows) < 1e-3
+    else:
+        assert "eval/accuracy" in rows[1]
+    assert (workdir / "report.html").exists() and (workdir / "roles" / name).exists()
+    section = cli.load_config(f"configs/{name}.py:tiny", [])[name]
+    assert set(reads.unread(section, name)) == set()

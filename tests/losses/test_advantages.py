@@ -1,11 +1,20 @@
 """Shaped rewards, GAE, returns and group baselines against loops in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses.advantages import discounted_returns, gae, group_relative, leave_one_out, shaped_rewards
+from rlhf_jax.losses.advantages import (
+    SCALES,
+    discounted_returns,
+    gae,
+    group_relative,
+    leave_one_out,
+    shaped_rewards,
+)
 
 MASK = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 1]])
 
@@ -139,6 +148,19 @@ def test_leave_one_out_of_a_group_of_one_is_the_reward_itself():
     got = leave_one_out(jnp.array([[3], [-2]]))
     assert got.dtype == jnp.float32
     np.testing.assert_array_equal(got, [[3.0], [-2.0]])
+
+
+@pytest.mark.parametrize("of", [leave_one_out, *(functools.partial(group_relative, scale=s) for s in SCALES)])
+def test_what_weighs_nothing_is_in_no_group(of):
+    """Each row gets what it would with the rest alone; its own value, NaN included, is never read."""
+    rewards = np.float32(np.random.default_rng(1).normal(5, 2, (2, 4)))
+    weights = np.array([[0, 1, 1, 1], [1, 0, 1, 1]], np.float32)
+    got = of(jnp.where(weights > 0, rewards, jnp.nan), weights=jnp.asarray(weights))
+    kept = rewards[weights > 0].reshape(2, 3)
+    np.testing.assert_allclose(got[weights > 0].reshape(2, 3), of(jnp.asarray(kept)), rtol=1e-5)
+    assert not got[weights == 0].any()
+    nothing = of(jnp.full((1, 3), jnp.nan), weights=jnp.zeros((1, 3)))
+    assert not nothing.any()  # NaN would be true
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,0 +1,20 @@
+"""A2C: PPO's critic without its clip, one update a rollout.   --config=configs/a2c.py:tiny
+
+Mnih et al. 2016, arXiv:1602.01783; GAE (lambda 1: Monte Carlo, 0: one step) in the place of n-step returns."""
+
+from configs import common
+
+
+def get_config(size="tiny"):
+    config = common.from_reward(
+        size,
+        "a2c",
+        value="shared",  # whose states the value head reads: shared, own, reward (as in configs/common.py)
+        gamma=1.0,
+        gae_lambda=0.95,
+        value_coeff=0.1,
+        whiten_rewards=False,  # without shifting their mean
+        whiten_advantages=True,
+    )
+    config.a2c.update(rollout_epochs=1, num_minibatches=1)
+    return config

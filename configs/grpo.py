@@ -1,0 +1,21 @@
+"""GRPO and its family.   python -m experiments.run --config=configs/grpo.py:tiny --workdir=out
+
+Shao et al. 2024, arXiv:2402.03300; --config.grpo.loss_type=dapo, dr_grpo, gspo, ... are the rows of losses/grpo.py."""
+
+from configs import common
+
+
+def get_config(size="tiny"):
+    config = common.from_reward(
+        size,
+        "grpo",
+        loss_type="grpo",
+        advantage_scale="group",  # deviation that advantages are divided by: group, batch, none
+        clip_low=0.2,  # the ratio is kept in [1 - clip_low, 1 + clip_high]; cispo: clip_high is the cap, 5.0 is usual
+        clip_high=0.2,
+        kl_loss_coeff=0.04,  # of the KL in the loss, nats a token
+        kl_loss_kind="k3",  # k1, k2, k3, or k3+: value of k3, gradient of k2
+    )
+    config.grpo.kl_coeff = 0.0  # of the KL in the reward
+    common.in_groups(config, "grpo", 4)
+    return config

@@ -1,0 +1,99 @@
+"""Rows with a value role: PPO and A2C. One way from a rollout to advantages, two policy losses."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from rlhf_jax.losses.advantages import gae, shaped_rewards
+from rlhf_jax.losses.masking import masked_mean, masked_whiten
+from rlhf_jax.losses.policy_gradient import policy_gradient_loss
+from rlhf_jax.losses.ppo import clipped_policy_loss, clipped_value_loss
+from rlhf_jax.models import heads, roles
+from rlhf_jax.training.algorithms.row import Algorithm
+from rlhf_jax.training.algorithms.shared import OnlineSettings, kl_control, scored, sequences, token_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class A2CSettings(OnlineSettings):
+    """Mnih et al. 2016, arXiv:1602.01783, in one synchronous batch, with GAE for its n-step returns."""
+
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    value_coeff: float = 0.1
+    whiten_rewards: bool = False  # without shifting the mean
+    whiten_advantages: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOSettings(A2CSettings):
+    """Schulman et al. 2017, arXiv:1707.06347."""
+
+    clip_epsilon: float = 0.2
+    dual_clip: float = 0.0  # cap on the ratio where the advantage is negative; 0: none
+    value_clip: float = 0.2
+
+
+def prepare(settings, network, frozen, controllers, batch):
+    """Scores, KL to the reference, shaped rewards, advantages and returns of one rollout, over the whole batch."""
+    batch, scores, metrics = scored(settings, network, frozen, controllers, batch)
+    mask, old = token_mask(batch), sequences(batch.old_logprobs)
+    reference = old if batch.ref_logprobs is None else sequences(batch.ref_logprobs)
+    rewards = shaped_rewards(scores, old, reference, mask, controllers["kl_coeff"], kind=settings.kl_kind)
+    if settings.whiten_rewards:
+        rewards = masked_whiten(rewards, mask, shift_mean=False)
+    values = sequences(batch.old_values)
+    advantages, returns = gae(rewards, values, mask, settings.gamma, settings.gae_lambda)
+    if settings.whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    like = lambda x: x.reshape(batch.completion_mask.shape)
+    return batch.replace(advantages=like(advantages), returns=like(returns)), metrics
+
+
+def ppo_objective(settings, network, trained, frozen, controllers, batch, rng):
+    logprobs, entropy, states = network.logprobs(frozen["base"], trained["policy"], batch)
+    mask = token_mask(batch)
+    policy_loss, metrics = clipped_policy_loss(
+        sequences(logprobs),
+        sequences(batch.old_logprobs),
+        sequences(batch.advantages),
+        mask,
+        settings.clip_epsilon,
+        dual_clip=settings.dual_clip or None,
+    )
+    return _with_value(
+        settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, settings.value_clip
+    )
+
+
+def a2c_objective(settings, network, trained, frozen, controllers, batch, rng):
+    logprobs, entropy, states = network.logprobs(frozen["base"], trained["policy"], batch)
+    mask = token_mask(batch)
+    policy_loss, metrics = policy_gradient_loss(
+        sequences(logprobs), sequences(batch.old_logprobs), sequences(batch.advantages), mask
+    )
+    return _with_value(
+        settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, jnp.inf
+    )
+
+
+def _with_value(settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, value_clip):
+    """The policy's loss with those of value and entropy."""
+    if not trained["value"].is_head_only:
+        states = roles.predicting_states(network.model, frozen["base"], trained["value"], batch)
+    values, mask = heads.apply(trained["value"].head, states), token_mask(batch)
+    value_loss, value_metrics = clipped_value_loss(
+        sequences(values), sequences(batch.old_values), sequences(batch.returns), mask, value_clip
+    )
+    mean_entropy = masked_mean(sequences(entropy), mask)
+    loss = policy_loss + settings.value_coeff * value_loss - settings.entropy_coeff * mean_entropy
+    metrics = metrics | value_metrics | {"policy_loss": policy_loss, "entropy": mean_entropy}
+    metrics["value_loss"] = value_loss
+    # Before the first update the policy is the one that sampled: this is 0 but for rounding, or something is wrong.
+    metrics["first_ratio_gap"] = metrics.pop("ratio_max_gap")
+    return loss, (mask.sum(), metrics)
+
+
+ROWS = {
+    "a2c": Algorithm(A2CSettings, a2c_objective, prepare, kl_control, trains=("policy", "value")),
+    "ppo": Algorithm(PPOSettings, ppo_objective, prepare, kl_control, trains=("policy", "value")),
+}

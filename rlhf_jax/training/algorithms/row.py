@@ -1,0 +1,57 @@
+"""What a row of the table is, and what every row is handed."""
+
+import dataclasses
+from collections.abc import Callable
+
+from rlhf_jax.losses.logprobs import fused_token_logprobs
+from rlhf_jax.models import roles
+from rlhf_jax.models.llama import Llama, unembedding
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The values of a row; each has the name of its key in the row's section of the config."""
+
+    def check(self) -> str | None:
+        """What is wrong with them, as "key is value; expected ...", or None."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """One row of the table. `network` below is a Network, `settings` the row's own dataclass."""
+
+    settings: type[Settings]
+    # (settings, network, trained, frozen, controllers, batch, rng) -> loss, (weight, metrics)
+    objective: Callable
+    # (settings, network, frozen, controllers, batch) -> batch, metrics; online only
+    prepare: Callable | None = None
+    # (settings, controllers, metrics, num_sequences) -> controllers
+    control: Callable | None = None
+    trains: tuple[str, ...] = ("policy",)
+    controllers: tuple[str, ...] = ()  # of its own beside those of every online row; they start at 0
+
+    @property
+    def online(self) -> bool:
+        return self.prepare is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """The decoder and how its vocabulary is read."""
+
+    model: Llama
+    vocab_chunk: int = 8192  # vocabulary entries at a time; 0: all at once
+    temperature: float = 1.0  # of the sampler: log-probabilities are scored at it
+
+    def logprobs(self, base: dict, role: roles.Role, batch):
+        """(logprobs, entropy, states) of the completion tokens: [B, G, R] nats, [B, G, R] nats, [B, G, R, D]."""
+        states = roles.predicting_states(self.model, base, role, batch)
+        logprobs, entropy = fused_token_logprobs(
+            states,
+            unembedding(role.params(base)),
+            batch.completion_ids,
+            chunk_size=self.vocab_chunk,
+            temperature=self.temperature,
+        )
+        return logprobs, entropy, states

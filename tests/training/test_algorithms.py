@@ -1,0 +1,199 @@
+"""Every row of the table: what must not change its step, and that online rows learn what is rewarded."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax.losses import grpo, preference
+from rlhf_jax.models import heads, lora
+from rlhf_jax.models.roles import Role
+from rlhf_jax.sampling.generate import SamplingConfig
+from rlhf_jax.training import rollout
+from rlhf_jax.training.algorithms import ALGORITHMS, Network
+from rlhf_jax.training.optimizer import make_optimizer
+from rlhf_jax.training.state import TrainState
+from rlhf_jax.training.update import make_update
+from rlhf_jax.types import GroupedBatch
+
+B, G, P, R, WIDTH, VOCABULARY = 4, 2, 5, 6, 8, 64
+ONLINE = [name for name, row in ALGORITHMS.items() if row.online]
+VARIANTS = (
+    [(name, {}) for name, row in ALGORITHMS.items() if "policy" in row.trains]
+    + [("dpo", dict(loss_type=x, label_smoothing=0.1)) for x in ("ipo", "exo_pair", "sft")]
+    + [("grpo", dict(loss_type=x, entropy_coeff=0.1)) for x in grpo.LOSSES]
+    + [("grpo", dict(advantage_scale="batch", kl_coeff=0.0)), ("rloo", dict(ratio_clip=0.2))]
+)
+IDS = [f"{name}-{'-'.join(map(str, changes.values()))}".strip("-") for name, changes in VARIANTS]
+
+
+class Bigrams:
+    """In the place of a Network: a token depends on the one before it, so that a step compiles at once."""
+
+    def logprobs(self, base, role, batch):
+        shape = batch.completion_ids.shape
+        last = jnp.broadcast_to(batch.prompt_ids[:, None, -1:], (*shape[:2], 1))
+        before = jnp.concatenate([last, batch.completion_ids[..., :-1]], axis=-1)
+        logprobs = jax.nn.log_softmax(role.params(base)["table"][before])
+        chosen = jnp.take_along_axis(logprobs, batch.completion_ids[..., None], axis=-1)[..., 0]
+        entropy = -(jnp.exp(logprobs) * logprobs).sum(-1)
+        return chosen, entropy, role.params(base)["states"][before]
+
+
+def bigrams(seed):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    return {
+        "table": jax.random.normal(keys[0], (VOCABULARY, VOCABULARY)),
+        "states": jax.random.normal(keys[1], (VOCABULARY, WIDTH)),
+    }
+
+
+def make_roles(name):
+    """The trained roles of a row; the policy is not the reference."""
+    made = {"policy": Role(base=bigrams(1)), "value": Role(head=heads.init_value(WIDTH))}
+    return {role: made[role] for role in ALGORITHMS[name].trains}
+
+
+def make_batch(name):
+    """Ragged groups, one completion that weighs nothing, and what a rollout would have noted."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([[6, 2], [1, 4], [3, 3], [5, 6]])
+    mask = (np.arange(R) < lengths[..., None]).astype(np.int32)
+    weights = np.ones((B, G), np.float32)
+    weights[2, 1] = 0.0
+    prompt_mask = (np.arange(P)[::-1] < np.array([[5], [2], [4], [3]])).astype(np.int32)
+    draw = lambda *shape: rng.normal(-3, 0.3, shape).astype(np.float32)
+    return GroupedBatch(
+        prompt_ids=rng.integers(3, 60, (B, P)).astype(np.int32),
+        prompt_mask=prompt_mask,
+        completion_ids=rng.integers(3, 60, (B, G, R)).astype(np.int32),
+        completion_mask=mask,
+        weights=weights,
+        finished=lengths < R,
+        scores=rng.normal(size=(B, G)).astype(np.float32),
+        old_logprobs=draw(B, G, R),
+        old_values=draw(B, G, R),
+    )
+
+
+def prepared(row, settings, network, base, batch):
+    if not row.online:
+        return batch
+    controllers = {"kl_coeff": jnp.float32(0.1), "baseline": jnp.float32(0.2)}
+    return rollout.make_prepare(row, settings, network)({"base": base}, controllers, batch)[0]
+
+
+def gradient(name, changes, batch, microbatches=1):
+    """(the update of plain gradient descent, metrics)."""
+    row, network, base = ALGORITHMS[name], Bigrams(), bigrams(0)
+    settings = row.settings(**changes)
+    batch = prepared(row, settings, network, base, jax.tree.map(jnp.asarray, batch))
+    trained = make_roles(name)
+    optimizer = optax.sgd(1.0)
+    state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jax.random.key(0), {})
+    objective = functools.partial(row.objective, settings, network)
+    update = jax.jit(make_update(objective, optimizer, num_microbatches=microbatches))
+    new, metrics = update(state, {"base": base}, batch)
+    return jax.device_get((jax.tree.map(jnp.subtract, new.trained, trained), metrics))
+
+
+@functools.cache
+def whole(i):
+    return gradient(*VARIANTS[i], make_batch(VARIANTS[i][0]))
+
+
+def assert_same(found, expected):
+    (moved, metrics), (moved_before, metrics_before) = found, expected
+    assert max(np.abs(x).max() for x in jax.tree.leaves(moved_before)) > 1e-4
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, moved, moved_before)
+    close(metrics["loss"], metrics_before["loss"])
+
+
+@pytest.mark.parametrize("i", range(len(VARIANTS)), ids=IDS)
+def test_microbatches_give_the_same_step(i):
+    assert_same(gradient(*VARIANTS[i], make_batch(VARIANTS[i][0]), microbatches=2), whole(i))
+
+
+@pytest.mark.parametrize("i", range(len(VARIANTS)), ids=IDS)
+def test_padding_changes_nothing(i):
+    """Two more columns of rubbish after every completion, one more before every prompt."""
+    name, changes = VARIANTS[i]
+    if changes.get("loss_type") == "dr_grpo":
+        pytest.skip("divides by the longest completion allowed")
+    batch = make_batch(name)
+    right = lambda x, value: np.pad(x, ((0, 0), (0, 0), (0, 2)), constant_values=value)
+    left = lambda x, value: np.pad(x, ((0, 0), (1, 0)), constant_values=value)
+    padded = batch.replace(
+        prompt_ids=left(batch.prompt_ids, 7),
+        prompt_mask=left(batch.prompt_mask, 0),
+        completion_ids=right(batch.completion_ids, 9),
+        completion_mask=right(batch.completion_mask, 0),
+        old_logprobs=right(batch.old_logprobs, np.nan),
+        old_values=right(batch.old_values, np.nan),
+    )
+    assert_same(gradient(name, changes, padded), whole(i))
+
+
+@pytest.mark.parametrize("name", [n for n in ALGORITHMS if n not in ("sft", "reward_model")])
+def test_a_completion_without_weight_is_never_read(name):
+    batch = make_batch(name)
+    gone = batch.weights == 0
+    other = batch.replace(
+        completion_ids=np.where(gone[..., None], 11, batch.completion_ids),
+        scores=np.where(gone, 1e6, batch.scores),
+        old_logprobs=np.where(gone[..., None], -50.0, batch.old_logprobs),
+    )
+    i = [n for n, _ in VARIANTS].index(name)
+    assert_same(gradient(name, {}, other), whole(i))
+
+
+@pytest.mark.parametrize("loss_type", preference.LOSSES)
+def test_dpo_rewards_are_those_of_the_log_ratio(loss_type):
+    """With the policy at the reference all rewards are 0; away from it the margin is beta times the difference."""
+    changes = dict(loss_type=loss_type, label_smoothing=0.1, beta=0.5)
+    _, metrics = gradient("dpo", changes, make_batch("dpo"))
+    assert np.isfinite(metrics["loss"]) and metrics["margin"] != 0
+    np.testing.assert_allclose(
+        metrics["margin"], metrics["chosen_reward"] - metrics["rejected_reward"], rtol=1e-4
+    )
+
+
+BANDIT = dict(kl_coeff=0.0)
+STEPS = dict(reinforce=40, a2c=40, rloo=30)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_learns_what_is_rewarded(tiny_llama, name):
+    """The score is the share of tokens below 32: 1 is best, and half of that is chance."""
+    (model, base), row = tiny_llama, ALGORITHMS[name]
+    changes = BANDIT | (dict(kl_loss_coeff=0.0) if name == "grpo" else {})
+    settings, network = row.settings(**changes), Network(model, vocab_chunk=0)
+    adapter = lora.init(jax.random.key(1), model.config, lora.LoraConfig(rank=8))
+    trained = {
+        "policy": Role(adapter=adapter),
+        "value": Role(head=heads.init_value(model.config.hidden_size)),
+    }
+    trained = {role: trained[role] for role in row.trains}
+    optimizer = make_optimizer(optax.constant_schedule(2e-2), clip_norm=1.0)
+    state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jax.random.key(0), {})
+    prepare = rollout.make_prepare(row, settings, network)
+    objective = functools.partial(row.objective, settings, network)
+    update = jax.jit(make_update(objective, optimizer))
+    prompts = jnp.full((8, 3), 5, jnp.int32), jnp.ones((8, 3), jnp.int32)
+    sampling = SamplingConfig(4, num_completions=4)
+    controllers, rewards = {"kl_coeff": jnp.float32(0.0), "baseline": jnp.float32(0.5)}, []
+    for step in range(STEPS.get(name, 20)):
+        head = state.trained["value"].head if "value" in row.trains else None
+        key = jax.random.fold_in(jax.random.key(7), step)
+        batch = rollout.sample(network, base, state.trained["policy"], prompts, key, sampling, head)
+        batch = batch.replace(scores=(batch.completion_ids < 32).mean(-1).astype(jnp.float32))
+        batch, metrics = prepare({"base": base}, controllers, batch)
+        rewards.append(float(metrics["reward"]))
+        state, more = update(state, {"base": base}, batch)
+        assert more["first_ratio_gap"] < 1e-3 and more["skipped_updates"] == 0
+        controllers = row.control(settings, controllers, metrics | more, 32)
+    assert rewards[0] < 0.65 and np.mean(rewards[-3:]) > 0.9, rewards
