@@ -6,7 +6,7 @@ from configs import common
 
 
 def get_config(size="tiny"):
-    return common.from_preferences(
+    config = common.from_preferences(
         size,
         "dpo",
         loss_type="sigmoid",
@@ -14,3 +14,6 @@ def get_config(size="tiny"):
         label_smoothing=0.0,  # probability that a label is wrong
         discopop_tau=0.05,  # of loss_type discopop
     )
+    # A tenth of a reward model's rate: at more the policy leaves the reference without getting better.
+    config.dpo.optimizer.learning_rate *= 0.1
+    return config
