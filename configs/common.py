@@ -37,6 +37,15 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         max_bad_records=0.0,  # fraction of the records that may be unusable
     )
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=0)
+    config.rewards = dict(
+        # Of the policy: learned (the reward model); a rule: sentiment, length:target=20, regex:pattern=..., and against
+        # the prompts' field `answer` exact_match, math; or package.module:function(prompts, completions, **fields).
+        components=("learned",),
+        weights=(1.0,),  # one a component; 0: measured only
+        normalise="none",  # of each component before it is added: none, batch, group
+        timeout_seconds=60.0,  # of a function, a batch
+        failure_score=0.0,  # of a completion that a function could not score
+    )
     config.gold = "sentiment"  # a rule of rewards/rules.py that is measured, never trained on; empty: none
     config.preferences = dict(
         num_pairs=512,

@@ -9,7 +9,7 @@ import sys
 from experiments import cli
 
 TOLD = {
-    "reward": "learned reward",
+    "reward": "reward (trained on)",
     "gold_reward": "true reward (never trained on)",
     "kl": "KL to the start, nats",
     "completion_length": "tokens",
@@ -19,46 +19,59 @@ TOLD = {
 
 def side_by_side_and_report(run) -> None:
     """The stage `evaluation`: tuned and untuned on the held-out prompts, then report.html and summary.png."""
+    import numpy as np
+
     from rlhf_jax.evaluation import curves, report, side_by_side
     from rlhf_jax.models.roles import Role
     from rlhf_jax.parallel import mesh as meshes
     from rlhf_jax.rewards import rules
+    from rlhf_jax.training.algorithms import ALGORITHMS
+    from rlhf_jax.training.scoring import Rewards
 
     config, section = run.config, run.config.evaluation
     name = tuned_stage(run)
     policy, _, meta = run.load_role(name)
     base = run.raw_base if name == "sft" else run.base
+    rewards = Rewards(config.rewards, run.console.warn)
     reward = None
-    if run.has_role("reward_model"):
+    if run.has_role("reward_model") and rewards.learned:
         reward = (run.load_role("reward_model")[0], meta.get("reward_mean", 0.0), meta.get("reward_std", 1.0))
     prompts = run.encoded_prompts["held_out"]
-    texts, gold = [prompt.text for prompt, _ in prompts], rules.RULES[config.gold] if config.gold else None
+    texts, gold = [prompt.text for prompt, _ in prompts], rules.RULES[run.gold] if run.gold else None
     found = {}
-    for side, role, against in (("untuned", Role(), None), ("tuned", policy, Role())):
-        run.console.note(f"evaluation: {side}, {len(texts)} prompts x {section.num_completions} completions")
-        with meshes.activate(run.mesh):
-            sampled = side_by_side.completions_of(
-                run.model,
-                base,
-                role,
-                [ids for _, ids in prompts],
-                prompt_length=run.prompt_length,
-                batch_size=section.batch_size,
-                sampling=run.sampling(section.num_completions, section.temperature),
-                tokenizer=run.tokenizer,
-                put=run.put,
-                rng=run.rng("evaluation"),
-                reward=reward,
-                against=against,
-                vocab_chunk=config.model.vocab_chunk,
-                check=lambda: run.stop.check("evaluation"),
+    online = ALGORITHMS[name].online
+    with rewards:
+        for side, role, against in (("untuned", Role(), None), ("tuned", policy, Role())):
+            run.console.note(
+                f"evaluation: {side}, {len(texts)} prompts x {section.num_completions} completions"
             )
-        found[side] = side_by_side.with_gold(sampled, texts, gold)
+            with meshes.activate(run.mesh):
+                sampled = side_by_side.completions_of(
+                    run.model,
+                    base,
+                    role,
+                    [ids for _, ids in prompts],
+                    prompt_length=run.prompt_length,
+                    batch_size=section.batch_size,
+                    sampling=run.sampling(section.num_completions, section.temperature),
+                    tokenizer=run.tokenizer,
+                    put=run.put,
+                    rng=run.rng("evaluation"),
+                    reward=reward,
+                    against=against,
+                    vocab_chunk=config.model.vocab_chunk,
+                    check=lambda: run.stop.check("evaluation"),
+                )
+            if online and not rewards.plain:
+                asked = [prompt for prompt, _ in prompts]
+                total, _ = rewards.total(sampled.get("reward"), asked, sampled["texts"], normalise=False)
+                sampled["reward"] = np.asarray(total)
+            found[side] = side_by_side.with_gold(sampled, texts, gold)
     side_by_side.write(
         run.workdir,
         texts,
         **found,
-        gold_name=rules.DESCRIPTIONS[config.gold] if config.gold else "",
+        gold_name=rules.DESCRIPTIONS[run.gold] if run.gold else "",
         sampling=run.config.sampling.to_dict() | {"temperature": section.temperature},
     )
     report.write_report(run.workdir, kl_limit=section.max_kl)

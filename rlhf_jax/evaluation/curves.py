@@ -14,7 +14,7 @@ from rlhf_jax.evaluation import Run, as_list, drawing, is_number, load_run, to_a
 # Metric -> (title, unit on the axis, role, what to look for). The order is that of the page.
 # fmt: off
 CURVES = {
-    "reward": ("Learned reward", "reward units", "reward",
+    "reward": ("Reward", "reward units", "reward",
                "Trained on. Should rise, then level off; flat from the first step means that nothing is "
                "learned."),
     "gold_reward": ("True reward", "gold units", "gold",
@@ -42,7 +42,7 @@ CURVES = {
     "kl_coeff": ("KL coefficient", "reward units a nat", "kl", "The price of distance; adaptive."),
 }
 DISTRIBUTIONS = {
-    "reward": ("Learned reward, before and after", "reward units",
+    "reward": ("Reward, before and after", "reward units",
                "The whole hill should move right. A spike at the right edge is one trick that always pays."),
     "gold_reward": ("True reward, before and after", "gold units",
                     "What was really wanted. It should move the same way as the learned reward."),

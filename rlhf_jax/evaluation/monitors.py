@@ -180,9 +180,7 @@ def _reward_moves(run, stage, significance, flat_effect):
         end = "It never moved, nothing was learned: look at the held-out accuracy of the reward model."
     else:
         end = "It rose."
-    return [
-        Finding(f"Reward moves ({stage})", _grade(still or fell, small), f"Learned reward: {numbers}. {end}")
-    ]
+    return [Finding(f"Reward moves ({stage})", _grade(still or fell, small), f"Reward: {numbers}. {end}")]
 
 
 def _plateau(run, stage, gain, kl_growth, kl_limit):

@@ -88,7 +88,7 @@ def _changes(run):
         return ""
     lead = (
         "Means over the same held-out prompts, before and after tuning; ± is a 95% interval of the change, "
-        "prompt by prompt. The learned reward was trained on, so its rise alone proves little."
+        "prompt by prompt. The reward was trained on, so its rise alone proves little."
     )
     if gold_name:
         lead += " The true reward was only measured: it tells whether the rise is real."
@@ -186,7 +186,7 @@ def _side_by_side(run):
     has_gold, has_kl = len(scores["tuned", "gold_reward"]) > 0, len(scores["tuned", "kl"]) > 0
     has_reward = len(scores["tuned", "reward"]) > 0
     head = [("prompt", "prompt"), *([("before", "")] if sides[0] else []), ("after", "")]
-    head += [("Δ learned reward", "number")] * has_reward + [("Δ true reward", "number")] * has_gold
+    head += [("Δ reward", "number")] * has_reward + [("Δ true reward", "number")] * has_gold
     head += [("KL, nats", "number")] * has_kl
     rows = []
     for i in chosen:
@@ -226,7 +226,7 @@ def _through_training(run):
         names = [
             name for name in ("reward", "gold_reward", "kl") if any(is_number(row.get(name)) for row in rows)
         ]
-        titles = {"reward": "learned reward", "gold_reward": "true reward", "kl": "KL, nats"}
+        titles = {"reward": "reward", "gold_reward": "true reward", "kl": "KL, nats"}
         head = [("step", "number"), ("prompt", "prompt"), ("completion", "")]
         head += [(titles[name], "number") for name in names]
         body = []

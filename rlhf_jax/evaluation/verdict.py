@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhf_jax.evaluation import is_number, page
 
-PROXY, GOLD = "Learned reward", "True reward"
+PROXY, GOLD = "Reward", "True reward"
 
 
 def mean(values):
@@ -41,9 +41,7 @@ def verdict(run, findings):
             ("ok", "Tuning worked") if clear(gold) else ("warn", "No clear gain in the true reward")
         )
     elif reward is not None:
-        css, headline = (
-            ("ok", "The learned reward rose") if clear(reward) else ("warn", "No clear gain in reward")
-        )
+        css, headline = ("ok", "The reward rose") if clear(reward) else ("warn", "No clear gain in reward")
     else:
         css, headline = ("warn" if warned else "muted"), "Not evaluated on held-out prompts yet"
     if warned and css == "ok":
@@ -62,7 +60,7 @@ def _summary(run, reward, gold, bad, warned):
     parts = []
     if reward is not None:
         moved = "raised" if reward[2] > 0 else "lowered"
-        said = f"Tuning {moved} the learned reward from {_short(reward[0])} to {_short(reward[1])}"
+        said = f"Tuning {moved} the reward it was trained on from {_short(reward[0])} to {_short(reward[1])}"
         if gold is not None:
             gold_name = run.evaluation.get("gold_name") or "the gold reward"
             verb = "rose" if gold[2] > 0 else "fell"
@@ -108,9 +106,7 @@ def _story(run):
 def _rl_story(run, stage):
     if stage not in run.rl_stages():
         return f"trained the stage {stage}"
-    return (
-        f"tuned a language model ({stage}) to score high on the learned reward while staying near its start"
-    )
+    return f"tuned a language model ({stage}) to score high on a reward while staying near its start"
 
 
 def _count(number, noun):

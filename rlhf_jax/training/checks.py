@@ -4,6 +4,7 @@ Keys and types are the parser's business; here it is what the numbers mean."""
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.training import scoring
 from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.run import settings_of
 from rlhf_jax.training.wandb_writer import check_installed
@@ -11,8 +12,8 @@ from rlhf_jax.training.wandb_writer import check_installed
 POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_minibatches", "rollout_epochs", "rank",
             "alpha", "prompt_tokens", "completion_tokens", "num_pairs", "num_completions", "save_every_steps",
             "log_every_steps", "samples_every_steps", "coin_scale", "reward_reference_batches", "keep_latest", "eps",
-            "clip_epsilon", "value_clip", "clip_low", "clip_high", "beta", "discopop_tau", "kl_horizon", "max_kl",
-            "head_multiplier")  # fmt: skip
+            "clip_epsilon", "value_clip", "clip_low", "clip_high", "beta", "discopop_tau", "timeout_seconds",
+            "kl_horizon", "max_kl", "head_multiplier")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps", "weight_decay",
                 "clip_norm", "value_coeff", "entropy_coeff", "reward_clip", "dual_clip", "ratio_clip", "center_coeff",
                 "eval_every_steps", "held_out_prompts", "held_out_pairs", "vocab_chunk", "min_new_tokens",
@@ -37,6 +38,7 @@ def check_config(config, known_stages) -> None:
     """Raises: InputError naming the key, its value and what is expected. config: ConfigDict."""
     _check_values("config", config)
     LoraConfig.from_names(**config.lora.to_dict())
+    scoring.check(config.rewards)
     if config.logging.wandb_project:
         check_installed()
     unknown = [stage for stage in config.stages if stage not in known_stages]

@@ -6,9 +6,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.data.batching import pad_prompts
 from rlhf_jax.data.formats import readable
+from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads, roles
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
@@ -18,6 +20,7 @@ from rlhf_jax.training import state as states
 from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.loop import StepOutput, train
 from rlhf_jax.training.run import Run, announce, optimizer_of, resumable, settings_of
+from rlhf_jax.training.scoring import Rewards
 from rlhf_jax.training.update import make_update
 
 RATIO_GAP = {"float32": 1e-3, "bfloat16": 0.3}  # largest |ratio - 1| that rounding explains
@@ -29,15 +32,16 @@ def online(run: Run, name: str) -> None:
     section, sampling_config = run.config[name], run.sampling(run.config[name].num_completions)
     algorithm, settings = ALGORITHMS[name], settings_of(name, section)
     network = run.network(run.config.sampling.temperature)
-    reward, _, _ = run.load_role("reward_model")
+    rewards = Rewards(run.config.rewards, run.console.warn)
+    reward = run.load_role("reward_model")[0] if rewards.learned else None
     rng, base = run.rng(name), run.base
     trained = {"policy": run.new_role(rng, section.train, base)}
     if "value" in algorithm.trains:
         trained["value"] = first_value(run, section, jax.random.fold_in(rng, 1), reward)
-    frozen = {"base": base, "reward": reward}
+    frozen = {"base": base}
     prompts = run.encoded_prompts["train"]
     data = resumable(run, prompts, section.batch_size, (run.prompt_length, sampling_config.max_new_tokens))
-    gold = rules.RULES[run.config.gold] if run.config.gold else None
+    gold = rules.RULES[run.gold] if run.gold else None
 
     updates_a_step = section.rollout_epochs * section.num_minibatches
     optimizer, schedule = optimizer_of(section, section.steps * updates_a_step)
@@ -75,9 +79,17 @@ def online(run: Run, name: str) -> None:
             batch = batch.replace(weights=batch.weights * real)
         if "value" in state.trained and not shared:
             batch = batch.replace(old_values=values_of(base, state.trained["value"], batch))
-        controllers = state.controllers
-        scores = scorer(base, reward, batch, controllers["reward_mean"], controllers["reward_std"])
-        return prepare(frozen, controllers, batch.replace(scores=scores))
+        controllers, scores, metrics = state.controllers, None, {}
+        if rewards.learned:
+            scores = scorer(base, reward, batch, controllers["reward_mean"], controllers["reward_std"])
+        if not rewards.plain:
+            prompts = [prompt for prompt, _ in filled]
+            total, metrics = rewards.total(
+                scores, prompts, rollout.texts(run.tokenizer, batch), batch.weights
+            )
+            scores = run.put(np.asarray(total))
+        batch, more = prepare(frozen, controllers, batch.replace(scores=scores))
+        return batch, metrics | more
 
     def rows_of(chosen, batch):
         texts = rollout.texts(run.tokenizer, batch)[: len(chosen)]
@@ -117,7 +129,9 @@ def online(run: Run, name: str) -> None:
         return {name: value for name, value in total.items() if name in EVALUATED}
 
     def start(state):
-        """Rewards get mean 0 and deviation 1 on samples of the reference."""
+        """Learned rewards get mean 0 and deviation 1 on samples of the reference."""
+        if not rewards.learned:
+            return state
         batches = [batch_of(data.batch(n)) for n in range(section.reward_reference_batches)]
         key = jax.random.fold_in(rng, 3)
         found = rollout.reward_statistics(network, base, reward, batches, key, sampling_config, scorer)
@@ -135,7 +149,7 @@ def online(run: Run, name: str) -> None:
 
     controllers = {"kl_coeff": section.kl_coeff, "reward_mean": 0.0, "reward_std": 1.0}
     controllers |= dict.fromkeys(algorithm.controllers, 0.0)
-    with meshes.activate(run.mesh):
+    with rewards, meshes.activate(run.mesh):
         state = states.create(trained, optimizer, rng, controllers, run.model.config, run.mesh)
         announce(
             run, name, trained, f"{section.batch_size} prompts x {section.num_completions} completions a step"
@@ -159,13 +173,17 @@ def online(run: Run, name: str) -> None:
     run.save_role(name, state.trained["policy"], meta)
 
 
-def first_value(run: Run, section, rng, reward: Role) -> Role:
+def first_value(run: Run, section, rng, reward: Role | None) -> Role:
     """The value role before training, by config.value.
 
     shared: a head of zeros on the policy's states. own: such a head on an adapter (or weights) of its own. reward: the
     reward model, as in Ziegler et al. 2019, its head put into normalised units once these are known.
     """
     if section.value == "reward":
+        if reward is None:
+            raise InputError(
+                "config.ppo.value is 'reward', but config.rewards.components has no 'learned' to start from."
+            )
         return jax.tree.map(lambda x: jnp.array(x, copy=True), reward.replace(pooling="last"))
     head = heads.init_value(run.model.config.hidden_size)
     if section.value == "shared":

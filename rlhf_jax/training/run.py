@@ -60,6 +60,13 @@ class Run:
         openings = [row.fields["input_text"] for row in sources.openings()]
         return tiny_corpus.continuations(openings, seed=self.config.seed)
 
+    @property
+    def gold(self) -> str:
+        """The rule that is measured and never trained on; empty if there is none, or it is what is trained on."""
+        trains_policy = any(row.online for name, row in ALGORITHMS.items() if name in self.config.stages)
+        trained_on = self.config.rewards.components if trains_policy else ()
+        return "" if self.config.gold in trained_on else self.config.gold
+
     # The model
 
     @functools.cached_property

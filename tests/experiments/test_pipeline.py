@@ -318,3 +318,30 @@ def test_every_algorithm_runs_from_its_config(finished, tmp_path, monkeypatch, n
     assert (workdir / "report.html").exists() and (workdir / "roles" / name).exists()
     section = cli.load_config(f"configs/{name}.py:tiny", [])[name]
     assert set(reads.unread(section, name)) == set()
+
+
+def test_a_policy_is_tuned_on_functions_without_a_reward_model(finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def short(completions, input_text):\n    return [1.0 / (1 + len(text)) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    workdir = tmp_path / "out"
+    workdir.mkdir()
+    for part in ("base", "roles/sft"):
+        shutil.copytree(finished / part, workdir / part)
+    run_small(
+        workdir,
+        "grpo.steps=2",
+        "grpo.batch_size=16",
+        "stages=('sft','grpo','evaluation')",
+        "rewards.components=('mine:short','sentiment')",
+        "rewards.weights=(1.0,0.5)",
+        config="grpo",
+    )
+    last = read_metrics(workdir / "metrics.jsonl")[-1]
+    total = last["reward/short"] + 0.5 * last["reward/sentiment"]
+    assert last["reward"] == pytest.approx(total, abs=1e-6) and last["failed_reward_fraction"] == 0
+    assert "gold_reward" not in last  # sentiment is trained on here, so it judges nothing
+    summary = json.loads((workdir / "evaluation.json").read_text())["summary"]
+    assert math.isfinite(summary["tuned/reward"]) and "tuned/gold_reward" not in summary
+    assert "true reward" not in capsys.readouterr().out

@@ -1,0 +1,109 @@
+"""What a run is rewarded for: the learned reward, functions of text, or a mixture, as config.rewards names them.
+
+Knows no algorithm. A learned reward alone stays on the device; text is decoded only for functions that read it."""
+
+import contextlib
+import dataclasses
+from collections import Counter
+
+import numpy as np
+
+from rlhf_jax.data.formats import readable
+from rlhf_jax.errors import InputError
+from rlhf_jax.rewards import mixture, specs
+from rlhf_jax.rewards.functions import RewardFunction
+
+LEARNED = "learned"
+
+
+def check(section) -> None:
+    """section: config.rewards.  Raises: InputError naming the key or the reward."""
+    if not section.components:
+        raise InputError(
+            f"config.rewards.components is empty; name {LEARNED}, a rule, or package.module:function."
+        )
+    if len(section.weights) != len(section.components):
+        raise InputError(
+            f"config.rewards.weights has {len(section.weights)} values for {len(section.components)} components; "
+            "give one each."
+        )
+    _components(section)
+    for spec in section.components:
+        if spec != LEARNED:
+            specs.parse(spec)
+
+
+def _components(section) -> list[mixture.Component]:
+    """One a component; rewards of the same name are numbered."""
+    names = [spec if spec == LEARNED else specs.parse(spec).name for spec in section.components]
+    seen, components = Counter(), []
+    for name, weight in zip(names, section.weights, strict=True):
+        seen[name] += 1
+        name = name if seen[name] == 1 else f"{name}_{seen[name]}"
+        components.append(mixture.Component(name, float(weight), section.normalise))
+    return components
+
+
+class Rewards(contextlib.AbstractContextManager):
+    """The components of config.rewards. In a `with`: functions of the user's own have processes of their own."""
+
+    def __init__(self, section, log):
+        """section: config.rewards. log: called with a line for each sample that could not be scored."""
+        self.components = _components(section)
+        options = dict(timeout_seconds=section.timeout_seconds, failure_score=section.failure_score)
+        self._functions = [
+            None if spec == LEARNED else RewardFunction(spec, log, **options) for spec in section.components
+        ]
+
+    def __exit__(self, *exception):
+        for function in filter(None, self._functions):
+            function.close()
+
+    @property
+    def learned(self) -> bool:
+        """Whether the reward model takes part."""
+        return None in self._functions
+
+    @property
+    def plain(self) -> bool:
+        """Whether the learned reward is all there is, as it comes."""
+        (first, *others), learned_alone = self.components, self._functions == [None]
+        return learned_alone and not others and first.weight == 1 and first.normalise == "none"
+
+    def total(self, learned, prompts: list, completions: list[list[str]], mask=None, *, normalise=True):
+        """The mixture.
+
+        Args:
+          learned: [B, G] normalised learned rewards; None without that component.
+          prompts: B records (formats.Prompt); their fields are handed to functions that ask for them.
+          completions: [B][G] texts. mask: [B, G], 1 where a completion counts in statistics; None: everywhere.
+          normalise: False adds up the scores as they come, to compare two policies.
+        Returns: (total [B, G] float32; metrics: reward/NAME and its deviation, their weighted sum `reward`, and
+          `failed_reward_fraction`).
+        """
+        G = len(completions[0])
+        texts = [text for group in completions for text in group]
+        repeated = [prompt for prompt in prompts for _ in range(G)]
+        asked = [readable(prompt.text) for prompt in repeated]
+        scores, failures = [], []
+        for function in self._functions:
+            if function is None:
+                scores.append(learned)
+                continue
+            found, failed = function.score(asked, texts, _columns(repeated))
+            scores.append(found.reshape(-1, G))
+            failures.append(failed.mean())
+        components = self.components
+        if not normalise:
+            components = [dataclasses.replace(one, normalise="none") for one in components]
+        total, metrics = mixture.mix(components, scores, mask)
+        # As the scores come: normalised ones have the mean 0 whatever the policy does.
+        metrics["reward"] = sum(one.weight * metrics[f"reward/{one.name}"] for one in components)
+        return total, metrics | ({"failed_reward_fraction": np.mean(failures)} if failures else {})
+
+
+def _columns(prompts: list) -> dict[str, list]:
+    """{field: its value in the record of each prompt, None where it has none}."""
+    rows = [prompt.row.fields if prompt.row is not None else {} for prompt in prompts]
+    names = {name for row in rows for name in row} - {"prompts", "completions"}
+    return {name: [row.get(name) for row in rows] for name in sorted(names)}
