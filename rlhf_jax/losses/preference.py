@@ -7,7 +7,8 @@ Sources: DPO (Rafailov et al. 2023, arXiv:2305.18290), cDPO (Mitchell 2023), rob
 arXiv:2403.00409), hinge (SLiC, Zhao et al. 2023, arXiv:2305.10425), IPO (Azar et al. 2023, arXiv:2310.12036), EXO (Ji
 et al. 2024, arXiv:2402.00856), NCA (Chen et al. 2024, arXiv:2402.05369), BCO (Jung et al. 2024, arXiv:2404.04656), SPPO
 (Wu et al. 2024, arXiv:2405.00675), AOT (Melnyk et al. 2024, arXiv:2406.05882), APO (D'Oosterlinck et al. 2024,
-arXiv:2408.06266), DiscoPOP (Lu et al. 2024, arXiv:2406.08414)."""
+arXiv:2408.06266), DiscoPOP (Lu et al. 2024, arXiv:2406.08414), f-DPO (Wang et al. 2023, arXiv:2309.16240), mixtures
+(MPO, Wang et al. 2024, arXiv:2411.10442)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+
+from rlhf_jax.losses.stable import box_cox
 
 
 def preference_loss(
@@ -27,6 +30,8 @@ def preference_loss(
     label_smoothing: float | jax.Array = 0.0,
     loss_type: str = "sigmoid",
     discopop_tau: float | jax.Array = 0.05,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float | jax.Array = 0.5,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One loss a pair, and the rewards that the policy implies.
 
@@ -40,33 +45,70 @@ def preference_loss(
         "robust" (not at 1/2), "exo_pair" (above 0, below 1), "aot", "aot_unpaired".
       loss_type: a key of `LOSSES`.
       discopop_tau: temperature of "discopop"'s mixing weight.
-    Returns: (losses [B], chosen_rewards [B], rejected_rewards [B]), float32. Rewards are beta * log ratio and carry no
-      gradient. Where `whole_batch` ("aot", "aot_unpaired"), the pairs of the batch are sorted and matched anew: a loss
-      depends on all of them, losses[i] belongs to the i-th quantile, and only their mean has a meaning.
-    Raises: ValueError for an unknown loss_type, or a label_smoothing at which the formula is infinite (checked unless
-      traced). AssertionError if the shapes differ.
+      f_divergence: a key of `SCORES`: what holds the policy to the reference. Each side's log ratio is replaced by its
+        f'(ratio), arXiv:2309.16240, table 1. Only rows that see the two through their difference (`divergent`) allow
+        it: f' is the reward up to a term of the prompt, which nothing but that difference cancels.
+      f_alpha: of "alpha": 1 is reverse KL, 0 forward KL; 1 minus the paper's alpha, as in TRL.
+    Returns: (losses [B], chosen_rewards [B], rejected_rewards [B]), float32. Rewards are beta * log ratio, whatever the
+      divergence (it does not change their order), and carry no gradient. Where `whole_batch` ("aot", "aot_unpaired"),
+      the pairs of the batch are sorted and matched anew: a loss depends on all of them, losses[i] belongs to the i-th
+      quantile, and only their mean has a meaning.
+    Raises: ValueError for an unknown loss_type or f_divergence, for another divergence than reverse KL with a row that
+      is not `divergent`, or is `averaged` (f' is of the whole ratio: `combined_preference_loss` has it), or for a
+      label_smoothing at which the formula is infinite (checked unless traced). AssertionError if the shapes differ.
     """
-    if loss_type not in LOSSES:
-        raise ValueError(f"loss_type is {loss_type!r}; expected one of {', '.join(LOSSES)}.")
-    _check_label_smoothing(loss_type, label_smoothing)
+    _check_arguments(loss_type, label_smoothing, f_divergence)
+    if f_divergence != "reverse_kl" and LOSSES[loss_type].averaged:
+        raise ValueError(
+            f"f_divergence is {f_divergence!r} with loss_type {loss_type!r}, whose averages f' cannot take; "
+            "use combined_preference_loss, which takes sums and lengths."
+        )
     logprobs = (policy_chosen_logprobs, policy_rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
-    chex.assert_rank(logprobs, 1)
-    chex.assert_equal_shape(logprobs)
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected = (jnp.asarray(x, jnp.float32) for x in logprobs)
-    ref_chosen, ref_rejected = jax.lax.stop_gradient((ref_chosen, ref_rejected))
-    pairs = Pairs(
-        chosen=policy_chosen - ref_chosen,
-        rejected=policy_rejected - ref_rejected,
-        policy_chosen=policy_chosen,
-        policy_margin=policy_chosen - policy_rejected,
-        ref_margin=ref_chosen - ref_rejected,
-        beta=beta,
-        label_smoothing=label_smoothing,
-        discopop_tau=discopop_tau,
-    )
-    losses = LOSSES[loss_type].loss(pairs)
-    chosen_rewards, rejected_rewards = jax.lax.stop_gradient((beta * pairs.chosen, beta * pairs.rejected))
-    return losses, chosen_rewards, rejected_rewards
+    coefficients = dict(beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau)
+    pairs = _pairs(logprobs, coefficients, f_divergence, f_alpha)
+    return LOSSES[loss_type].loss(pairs), *_rewards(pairs)
+
+
+def combined_preference_loss(
+    policy_chosen_logprobs: jax.Array,
+    policy_rejected_logprobs: jax.Array,
+    ref_chosen_logprobs: jax.Array,
+    ref_rejected_logprobs: jax.Array,
+    chosen_lengths: jax.Array,
+    rejected_lengths: jax.Array,
+    *,
+    loss_weights: dict[str, float | jax.Array],
+    beta: float | jax.Array = 0.1,
+    label_smoothing: float | jax.Array = 0.0,
+    discopop_tau: float | jax.Array = 0.05,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float | jax.Array = 0.5,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Several losses of the same pairs, weighted and added; MPO is sigmoid .8, bco_pair .2, sft 1 (arXiv:2411.10442).
+
+    Args:
+      policy_..., ref_...: [B] nats, as in `preference_loss`, but always sums.
+      chosen_lengths, rejected_lengths: [B] tokens that the sums are over. Rows with `averaged`, and "sft", take sums,
+        or their f', by token; a length of 0 counts as 1.
+      loss_weights: {key of `LOSSES`: weight}, at least one; they need not add up to 1.
+      beta, label_smoothing, discopop_tau, f_divergence, f_alpha: as in `preference_loss`, for all rows.
+    Returns: as `preference_loss`. With a `whole_batch` row among them, only the mean of the losses has a meaning.
+    Raises: as `preference_loss`, for each row; ValueError if loss_weights is empty. Averaged rows take any divergence.
+    """
+    if not loss_weights:
+        raise ValueError(f"loss_weights is empty; give at least one of {', '.join(LOSSES)} a weight.")
+    for loss_type in loss_weights:
+        _check_arguments(loss_type, label_smoothing, f_divergence)
+    logprobs = (policy_chosen_logprobs, policy_rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    chex.assert_equal_shape([*logprobs, chosen_lengths, rejected_lengths])
+    coefficients = dict(beta=beta, label_smoothing=label_smoothing, discopop_tau=discopop_tau)
+    summed = _pairs(logprobs, coefficients, f_divergence, f_alpha)
+    averaged = _pairs(logprobs, coefficients, f_divergence, f_alpha, (chosen_lengths, rejected_lengths))
+    losses = jnp.zeros_like(summed.chosen)
+    for loss_type, weight in loss_weights.items():
+        row = LOSSES[loss_type]
+        losses = losses + weight * row.loss(averaged if row.averaged or row.either else summed)
+    return losses, *_rewards(summed)
 
 
 class Pairs(NamedTuple):
@@ -74,16 +116,13 @@ class Pairs(NamedTuple):
 
     chosen: jax.Array  # log ratio of policy to reference
     rejected: jax.Array
+    delta: jax.Array  # their difference, or that of their f'
     policy_chosen: jax.Array  # log-probability
     policy_margin: jax.Array  # chosen minus rejected, each side for itself
     ref_margin: jax.Array
     beta: Any
     label_smoothing: Any
     discopop_tau: Any
-
-    @property
-    def delta(self):
-        return self.chosen - self.rejected
 
     @property
     def logits(self):
@@ -98,6 +137,47 @@ class PreferenceLoss(NamedTuple):
     averaged: bool = False  # takes log-probabilities averaged over tokens instead of summed
     smoothed: bool = False  # reads label_smoothing
     whole_batch: bool = False  # a pair's loss depends on the other pairs: cut no microbatches
+    divergent: bool = False  # reads chosen and rejected through delta alone, so that any f-divergence will do
+    either: bool = False  # takes sums or averages; averages in a mixture
+
+
+def _pairs(logprobs, coefficients, f_divergence, f_alpha, lengths=None):
+    chex.assert_rank(logprobs, 1)
+    chex.assert_equal_shape(logprobs)
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected = (jnp.asarray(x, jnp.float32) for x in logprobs)
+    ref_chosen, ref_rejected = jax.lax.stop_gradient((ref_chosen, ref_rejected))
+    by_chosen = by_rejected = lambda x: x
+    if lengths is not None:
+        by_chosen, by_rejected = (lambda x, n=n: x / jnp.maximum(n, 1).astype(jnp.float32) for n in lengths)
+    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    score = SCORES[f_divergence]
+    return Pairs(
+        chosen=by_chosen(chosen),
+        rejected=by_rejected(rejected),
+        delta=by_chosen(score(chosen, f_alpha)) - by_rejected(score(rejected, f_alpha)),
+        policy_chosen=by_chosen(policy_chosen),
+        policy_margin=by_chosen(policy_chosen) - by_rejected(policy_rejected),
+        ref_margin=by_chosen(ref_chosen) - by_rejected(ref_rejected),
+        **coefficients,
+    )
+
+
+def _rewards(pairs):
+    return jax.lax.stop_gradient((pairs.beta * pairs.chosen, pairs.beta * pairs.rejected))
+
+
+def _check_arguments(loss_type, label_smoothing, f_divergence):
+    if loss_type not in LOSSES:
+        raise ValueError(f"loss_type is {loss_type!r}; expected one of {', '.join(LOSSES)}.")
+    if f_divergence not in SCORES:
+        raise ValueError(f"f_divergence is {f_divergence!r}; expected one of {', '.join(SCORES)}.")
+    if f_divergence != "reverse_kl" and not LOSSES[loss_type].divergent:
+        able = ", ".join(name for name, row in LOSSES.items() if row.divergent)
+        raise ValueError(
+            f"f_divergence is {f_divergence!r} with loss_type {loss_type!r}, which reads more than the difference of "
+            f"chosen and rejected; use reverse_kl, or one of {able}."
+        )
+    _check_label_smoothing(loss_type, label_smoothing)
 
 
 def _check_label_smoothing(loss_type, label_smoothing):
@@ -185,13 +265,22 @@ def _discopop(p):
     return _sigmoid(-modulation) * -_log_sigmoid(h) + jnp.exp(_log_sigmoid(modulation) - h)
 
 
+SCORES = {  # f_divergence -> f'(ratio) from its log, 0 at 1: (log ratio, f_alpha) -> score
+    "reverse_kl": lambda log_ratio, alpha: log_ratio,
+    "forward_kl": lambda log_ratio, alpha: box_cox(log_ratio, -1.0),  # 1 - 1 / ratio
+    "js": lambda log_ratio, alpha: jnp.log(2.0) + _log_sigmoid(log_ratio),
+    "alpha": lambda log_ratio, alpha: box_cox(log_ratio, alpha - 1.0),
+}
+
 LOSSES = {
-    "sigmoid": PreferenceLoss(lambda p: _smoothed_sigmoid(p.logits, p.label_smoothing), smoothed=True),
-    "hinge": PreferenceLoss(lambda p: jax.nn.relu(1.0 - p.logits)),
-    "ipo": PreferenceLoss(_ipo, averaged=True),
-    "ipo_sum": PreferenceLoss(_ipo),
-    "robust": PreferenceLoss(_robust, smoothed=True),
-    "exo_pair": PreferenceLoss(_exo_pair, smoothed=True),
+    "sigmoid": PreferenceLoss(
+        lambda p: _smoothed_sigmoid(p.logits, p.label_smoothing), smoothed=True, divergent=True
+    ),
+    "hinge": PreferenceLoss(lambda p: jax.nn.relu(1.0 - p.logits), divergent=True),
+    "ipo": PreferenceLoss(_ipo, averaged=True, divergent=True),
+    "ipo_sum": PreferenceLoss(_ipo, divergent=True),
+    "robust": PreferenceLoss(_robust, smoothed=True, divergent=True),
+    "exo_pair": PreferenceLoss(_exo_pair, smoothed=True, divergent=True),
     "nca_pair": PreferenceLoss(_nca_pair),
     "bco_pair": PreferenceLoss(_bco_pair),
     "sppo_hard": PreferenceLoss(_sppo_hard),
@@ -199,7 +288,7 @@ LOSSES = {
     "aot_unpaired": PreferenceLoss(_aot_unpaired, smoothed=True, whole_batch=True),
     "apo_zero": PreferenceLoss(_apo_zero),
     "apo_down": PreferenceLoss(_apo_down),
-    "discopop": PreferenceLoss(_discopop),
-    "sigmoid_norm": PreferenceLoss(lambda p: -_log_sigmoid(p.logits), averaged=True),
-    "sft": PreferenceLoss(lambda p: -p.policy_chosen),
+    "discopop": PreferenceLoss(_discopop, divergent=True),
+    "sigmoid_norm": PreferenceLoss(lambda p: -_log_sigmoid(p.logits), averaged=True, divergent=True),
+    "sft": PreferenceLoss(lambda p: -p.policy_chosen, divergent=True, either=True),
 }
