@@ -151,6 +151,8 @@ def from_preferences(size: str, name: str, **own) -> config_dict.ConfigDict:
     config = get_config(size)
     del config.ppo, config.logging.tags.ppo
     instead_of(config, "reward_model", name, OFFLINE, **own)
+    # A tenth of a reward model's rate: at more the policy leaves the reference without getting better.
+    config[name].optimizer.learning_rate *= 0.1
     config.stages = (*first_stages(size), name, "evaluation")
     return config
 

@@ -6,14 +6,14 @@ from configs import common
 
 
 def get_config(size="tiny"):
-    config = common.from_preferences(
+    return common.from_preferences(
         size,
         "dpo",
         loss_type="sigmoid",
         beta=0.1,  # reward units a nat; larger stays closer to the reference
         label_smoothing=0.0,  # probability that a label is wrong
         discopop_tau=0.05,  # of loss_type discopop
+        f_divergence="reverse_kl",  # or forward_kl, js, alpha (Wang et al. 2023, arXiv:2309.16240)
+        f_alpha=0.5,  # of f_divergence alpha
+        tail_weight=1.0,  # LD-DPO: of tokens beyond the length of the pair's shorter completion; 1: as all others
     )
-    # A tenth of a reward model's rate: at more the policy leaves the reference without getting better.
-    config.dpo.optimizer.learning_rate *= 0.1
-    return config

@@ -12,7 +12,7 @@ from rlhf_jax.data import formats, sources
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads
 from rlhf_jax.training import preferences
-from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training.algorithms import ALGORITHMS, preference
 from rlhf_jax.training.offline import encode_groups, offline
 from rlhf_jax.training.online import online
 from rlhf_jax.training.run import Run, held_out
@@ -69,19 +69,19 @@ def preference_pairs(run: Run):
     return pairs[:cut], pairs[cut:]
 
 
-def dpo(run: Run) -> None:
-    """The policy from preferences alone, by config.dpo.loss_type."""
+def on_preferences(run: Run, name: str) -> None:
+    """The policy from preferences alone (DPO and relatives)."""
     train, test = (
         encode_groups(run, [(pair.prompt, (pair.chosen, pair.rejected), pair.row) for pair in pairs])
         for pairs in preference_pairs(run)
     )
-    trained = {"policy": run.new_role(run.rng("dpo"), run.config.dpo.train, run.base)}
-    offline(run, "dpo", train, test, trained, {"base": run.base})
+    trained = {"policy": run.new_role(run.rng(name), run.config[name].train, run.base)}
+    offline(run, name, train, test, trained, {"base": run.base})
 
 
-STAGES = {"sft": sft, "preferences": preferences.make, "reward_model": reward_model, "dpo": dpo} | {
-    name: functools.partial(online, name=name) for name, row in ALGORITHMS.items() if row.online
-}
+STAGES = {"sft": sft, "preferences": preferences.make, "reward_model": reward_model}
+STAGES |= {name: functools.partial(on_preferences, name=name) for name in preference.ROWS}
+STAGES |= {name: functools.partial(online, name=name) for name, row in ALGORITHMS.items() if row.online}
 
 
 def is_done(run: Run, stage: str) -> bool:

@@ -24,6 +24,7 @@ ONLINE = [name for name, row in ALGORITHMS.items() if row.online]
 VARIANTS = (
     [(name, {}) for name, row in ALGORITHMS.items() if "policy" in row.trains]
     + [("dpo", dict(loss_type=x, label_smoothing=0.1)) for x in ("ipo", "exo_pair", "sft")]
+    + [("dpo", dict(tail_weight=0.3)), ("dpo", dict(f_divergence="js")), ("cpo", dict(loss_type="cpo_ipo"))]
     + [("grpo", dict(loss_type=x, entropy_coeff=0.1)) for x in grpo.LOSSES]
     + [("grpo", dict(advantage_scale="batch", kl_coeff=0.0)), ("rloo", dict(ratio_clip=0.2))]
 )
@@ -115,6 +116,8 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("i", range(len(VARIANTS)), ids=IDS)
 def test_microbatches_give_the_same_step(i):
+    if VARIANTS[i][0] == "kto":
+        pytest.skip("measures from the KL of the whole batch; a config that cuts it is refused")
     assert_same(gradient(*VARIANTS[i], make_batch(VARIANTS[i][0]), microbatches=2), whole(i))
 
 
