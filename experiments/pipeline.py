@@ -7,10 +7,12 @@ from rlhf_jax.checkpoints.lock import WorkdirLock
 from rlhf_jax.data import formats
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import stages
+from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.console import Console
 from rlhf_jax.training.loop import StopRequest
 from rlhf_jax.training.run import Run
+from rlhf_jax.training.scoring import Rewards
 from rlhf_jax.training.workdir import phase, settle_config, write_environment
 
 STAGES = stages.STAGES | {
@@ -53,6 +55,9 @@ def read_data(run: Run, todo: list[str]) -> None:
         stages.preference_pairs(run)
     if set(todo) - {"sft", "reward_model"}:
         _ = run.prompt_sets, run.encoded_prompts  # kept by the run; files first, then the tokenizer
+    if any(ALGORITHMS[stage].online for stage in todo if stage in ALGORITHMS):
+        with Rewards(run.config.rewards, run.console.warn) as rewards:  # starts the user's functions
+            rewards.check_fields(run.prompt_sets["train"])
 
 
 def is_done(run: Run, stage: str) -> bool:

@@ -18,7 +18,7 @@ NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k"
                 "clip_norm", "value_coeff", "entropy_coeff", "reward_clip", "dual_clip", "ratio_clip", "center_coeff",
                 "eval_every_steps", "held_out_prompts", "held_out_pairs", "vocab_chunk", "min_new_tokens",
                 "num_samples", "keep_best", "layers")  # fmt: skip
-FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p")
+FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p", "label_smoothing")
 CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
     "train": ("lora", "full"),

@@ -49,7 +49,7 @@ class Rewards(contextlib.AbstractContextManager):
 
     def __init__(self, section, log):
         """section: config.rewards. log: called with a line for each sample that could not be scored."""
-        self.components = _components(section)
+        self.components, self._specs = _components(section), section.components
         options = dict(timeout_seconds=section.timeout_seconds, failure_score=section.failure_score)
         self._functions = [
             None if spec == LEARNED else RewardFunction(spec, log, **options) for spec in section.components
@@ -69,6 +69,17 @@ class Rewards(contextlib.AbstractContextManager):
         """Whether the learned reward is all there is, as it comes."""
         (first, *others), learned_alone = self.components, self._functions == [None]
         return learned_alone and not others and first.weight == 1 and first.normalise == "none"
+
+    def check_fields(self, prompts: list) -> None:
+        """Raises: InputError if a function needs a field that no record of the prompts has."""
+        known = {"prompts", "completions", *_columns(prompts)}
+        for spec, function in zip(self._specs, self._functions, strict=True):
+            missing = [] if function is None else [name for name in function.required if name not in known]
+            if missing:
+                raise InputError(
+                    f"reward {spec!r} needs the field {missing[0]!r}, which the prompts' records do not have; they "
+                    f"give {', '.join(sorted(known))}."
+                )
 
     def total(self, learned, prompts: list, completions: list[list[str]], mask=None, *, normalise=True):
         """The mixture.

@@ -90,6 +90,13 @@ def test_a_field_that_one_record_lacks_costs_that_record_alone(module):
         rewards.total(None, prompts(answer=["b"]), [["a b"]])
 
 
+def test_fields_are_checked_before_anything_is_sampled(module):
+    with scoring.Rewards(section("learned", f"{module}:ends_with"), print) as rewards:
+        rewards.check_fields(prompts(ending=["b"]))
+        with pytest.raises(InputError, match="my_rewards:ends_with' needs the field 'ending'.*give answer"):
+            rewards.check_fields(prompts(answer=["b"]))
+
+
 def test_the_same_rule_twice_has_two_names():
     with scoring.Rewards(section("length:target=1", "length:target=9"), print) as rewards:
         assert [one.name for one in rewards.components] == ["length", "length_2"]
