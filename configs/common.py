@@ -69,7 +69,7 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         # of a copy of the reward model (reward).
         value="shared",
         reward_reference_batches=2,  # rollouts of the reference over which rewards get mean 0 and deviation 1
-        kl_coeff=0.05,  # reward units a nat of KL(policy || reference); 0: the reference is never run
+        kl_coeff=0.05,  # reward units a nat of KL(policy || reference); 0: no reference log-probabilities
         kl_kind="k1",
         kl_target=0.0,  # nats a completion, for the adaptive coefficient; 0: fixed
         kl_horizon=10000.0,  # completions

@@ -5,6 +5,7 @@ Imports nothing heavy, so that --help answers at once."""
 import argparse
 import ast
 import difflib
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -12,7 +13,7 @@ import os
 import sys
 import traceback
 
-from rlhf_jax.errors import InputError, Interrupted, RunError
+from rlhf_jax.errors import InputError, Interrupted, RunError, StorageError
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -52,13 +53,17 @@ def load_config(spec: str, overrides: list[str]):
         raise InputError(
             f"--config: {path} does not exist (expected a Python file with get_config, then :SIZE)."
         )
-    module_spec = importlib.util.spec_from_file_location("rlhf_jax_config", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    loader = importlib.machinery.SourceFileLoader("rlhf_jax_config", path)
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     try:
+        loader.exec_module(module)
         config = module.get_config(argument) if argument else module.get_config()
     except ValueError as error:
         raise InputError(f"--config={spec}: {error}.") from None
+    except Exception as error:  # of the file's own code
+        raise InputError(
+            f"--config={spec}: {type(error).__name__}: {error}. Expected a Python file with get_config(size)."
+        ) from error
     return override(config, overrides)
 
 
@@ -75,8 +80,12 @@ def load_saved(workdir: str, overrides: list[str]):
             return {k: tuples(v) for k, v in x.items()}
         return tuple(x) if isinstance(x, list) else x
 
-    with open(path, encoding="utf-8") as file:
-        return override(config_dict.ConfigDict(tuples(json.load(file))), overrides)
+    try:
+        with open(path, encoding="utf-8") as file:
+            saved = json.load(file)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); put a copy of it back.") from None
+    return override(config_dict.ConfigDict(tuples(saved)), overrides)
 
 
 def override(config, overrides: list[str]):
@@ -110,6 +119,9 @@ def flat(config, prefix="") -> dict:
 
 def convert(key: str, text: str, old):
     """`text` as a value of the type of `old`."""
+    if hasattr(old, "items") and not key.startswith("logging.tags."):  # those are dicts that a user fills
+        near = next(iter(old.keys()), "KEY")
+        raise InputError(f"--config.{key} is a section; set its keys, as in --config.{key}.{near}=VALUE.")
     if isinstance(old, str):
         return text
     spelled = {"true": True, "false": False}.get(text.strip().lower(), None)
@@ -141,6 +153,14 @@ def main(command, argv=None) -> None:
     except RunError as error:
         _say(error, argv)
         _exit(error.status)
+    except OSError as error:
+        _say(
+            StorageError(
+                f"{error}. What was saved before is kept; run the same command again once it is mended."
+            ),
+            argv,
+        )
+        _exit(StorageError.status)
     except KeyboardInterrupt:
         _say("interrupted before anything was started", argv)
         _exit(Interrupted.status)

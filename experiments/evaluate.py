@@ -2,7 +2,6 @@
 
 python -m experiments.evaluate --workdir=runs/demo [--config.evaluation.num_completions=8]"""
 
-import json
 import os
 import sys
 
@@ -21,6 +20,7 @@ def side_by_side_and_report(run) -> None:
     """The stage `evaluation`: tuned and untuned on the held-out prompts, then report.html and summary.png."""
     import numpy as np
 
+    from rlhf_jax.data.formats import readable
     from rlhf_jax.evaluation import curves, report, side_by_side
     from rlhf_jax.models.roles import Role
     from rlhf_jax.parallel import mesh as meshes
@@ -37,7 +37,10 @@ def side_by_side_and_report(run) -> None:
     if run.has_role("reward_model") and rewards.learned:
         reward = (run.load_role("reward_model")[0], meta.get("reward_mean", 0.0), meta.get("reward_std", 1.0))
     prompts = run.encoded_prompts["held_out"]
-    texts, gold = [prompt.text for prompt, _ in prompts], rules.RULES[run.gold] if run.gold else None
+    texts, gold = (
+        [readable(prompt.text) for prompt, _ in prompts],
+        rules.RULES[run.gold] if run.gold else None,
+    )
     found = {}
     online = ALGORITHMS[name].online
     with rewards:
@@ -80,10 +83,19 @@ def side_by_side_and_report(run) -> None:
 
 def judge_reward_model(run, train_pairs, held_out, scores) -> None:
     """reward_model.json from the scores of the held-out pairs, with their gold rewards where the data has them."""
+    import numpy as np
+
+    from rlhf_jax.errors import NumericsError
     from rlhf_jax.evaluation import reward_quality
     from rlhf_jax.training import preferences
     from rlhf_jax.training.workdir import write_json
 
+    if not np.isfinite(scores).all():
+        raise NumericsError(
+            f"the reward model gives {np.size(scores) - np.isfinite(scores).sum()} of {np.size(scores)} held-out "
+            "completions a score that is not finite. Lower config.reward_model.optimizer.learning_rate, or look at the "
+            "base model."
+        )
     rows = [pair.row.fields for pair in held_out]
     gold = ceiling = None
     if all("gold_0" in row and "gold_1" in row for row in rows):
@@ -102,6 +114,8 @@ def tuned_stage(run) -> str:
     from rlhf_jax.errors import InputError
 
     policies = [s for s in run.config.stages if s not in ("preferences", "reward_model", "evaluation")]
+    if not policies:
+        raise InputError(f"config.stages {tuple(run.config.stages)} has no stage that tunes a policy.")
     done = [stage for stage in policies if run.has_role(stage)]
     if not done:
         raise InputError(f"{run.workdir} holds no tuned policy yet; run one of {', '.join(policies)} first.")
@@ -110,11 +124,12 @@ def tuned_stage(run) -> str:
 
 def tell(run) -> None:
     """The table of what changed, and where the report is."""
+    from rlhf_jax.training.workdir import read_json
+
     path = run.path("evaluation.json")
     if not os.path.exists(path):
         return
-    with open(path, encoding="utf-8") as file:
-        summary = json.load(file)["summary"]
+    summary = read_json(path)["summary"]
     rows = []
     for name, told in TOLD.items():
         before, after = summary.get(f"untuned/{name}"), summary.get(f"tuned/{name}")
@@ -130,12 +145,15 @@ def command(argv):
     flags, overrides = cli.parse(parser, argv)
     config = cli.load_saved(flags.workdir, overrides)
 
+    from experiments import pipeline
     from rlhf_jax.checkpoints.lock import WorkdirLock
+    from rlhf_jax.training.checks import check_config
     from rlhf_jax.training.console import Console
     from rlhf_jax.training.loop import StopRequest
     from rlhf_jax.training.run import Run
     from rlhf_jax.training.workdir import phase, settle_config
 
+    check_config(config, tuple(pipeline.STAGES))
     with WorkdirLock(flags.workdir), StopRequest() as stop:
         settle_config(config.to_dict(), flags.workdir)
         run = Run(config, flags.workdir, Console(), stop)

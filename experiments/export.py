@@ -17,13 +17,19 @@ def command(argv):
     flags, overrides = cli.parse(parser, argv)
     config = cli.load_saved(flags.workdir, overrides)
 
+    from experiments import pipeline
     from experiments.evaluate import tuned_stage
     from rlhf_jax.checkpoints import huggingface, peft
+    from rlhf_jax.errors import InputError
     from rlhf_jax.models import lora
+    from rlhf_jax.training.checks import check_config
     from rlhf_jax.training.console import Console
     from rlhf_jax.training.loop import StopRequest
     from rlhf_jax.training.run import Run
 
+    check_config(config, tuple(pipeline.STAGES))
+    if os.path.exists(flags.output) and not os.path.isdir(flags.output):
+        raise InputError(f"--output: {flags.output} is a file; give a directory.")
     console = Console()
     run = Run(config, flags.workdir, console, StopRequest())
     stage = tuned_stage(run)

@@ -6,14 +6,13 @@ from experiments import evaluate
 from rlhf_jax.checkpoints.lock import WorkdirLock
 from rlhf_jax.data import formats
 from rlhf_jax.errors import InputError
-from rlhf_jax.training import stages
-from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training import scoring, stages
+from rlhf_jax.training.algorithms import ALGORITHMS, preference
 from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.console import Console
 from rlhf_jax.training.loop import StopRequest
-from rlhf_jax.training.run import Run
-from rlhf_jax.training.scoring import Rewards
-from rlhf_jax.training.workdir import phase, settle_config, write_environment
+from rlhf_jax.training.run import Run, tell_cut
+from rlhf_jax.training.workdir import MAY_CHANGE, phase, settle_config, write_environment
 
 STAGES = stages.STAGES | {
     "reward_model": lambda run: stages.reward_model(run, evaluator=evaluate.judge_reward_model),
@@ -30,9 +29,12 @@ def run(config, workdir: str, command: str) -> None:
     except OSError as error:
         raise InputError(f"--workdir: {workdir} cannot be made a directory ({error.strerror}).") from None
     with WorkdirLock(workdir), StopRequest() as stop:
-        settle_config(config.to_dict(), workdir)
         made = Run(config, workdir, console, stop)
+        evaluated = is_done(made, "evaluation")  # by settings that config.json should go on to tell
+        may_change = tuple(key for key in MAY_CHANGE if not (evaluated and key == "evaluation."))
+        settle_config(config.to_dict(), workdir, may_change)
         todo = [stage for stage in config.stages if not is_done(made, stage)]
+        check_stages(made, todo)
         if todo:
             keep_compiled_programs()
             write_environment(workdir, config.to_dict(), command)
@@ -46,17 +48,36 @@ def run(config, workdir: str, command: str) -> None:
         evaluate.tell(made)
 
 
+def check_stages(run: Run, todo: list[str]) -> None:
+    """Raises: InputError if a stage needs the result of one that is neither done nor to be run."""
+    online = [stage for stage in todo if stage in ALGORITHMS and ALGORITHMS[stage].online]
+    before = run.config.stages[: run.config.stages.index(online[0])] if online else ()
+    learned = scoring.LEARNED in run.config.rewards.components
+    if online and learned and "reward_model" not in before and not run.has_role("reward_model"):
+        raise InputError(
+            f"config.stages has {online[0]!r}, which needs a reward model, and {run.workdir} has none; put "
+            "'reward_model' before it, or name other rewards in config.rewards.components."
+        )
+
+
 def read_data(run: Run, todo: list[str]) -> None:
     """Reads what the stages will read, so that a wrong line or prompt shows now and not after hours of training."""
     data = run.config.data
     if "sft" in todo and data.sft:
         run.records(data.sft, formats.examples)
-    if "reward_model" in todo and data.preferences:
+    if data.preferences and {"reward_model", *preference.ROWS} & set(todo):
         stages.preference_pairs(run)
-    if set(todo) - {"sft", "reward_model"}:
+    online = [stage for stage in todo if stage in ALGORITHMS and ALGORITHMS[stage].online]
+    if online or {"preferences", "evaluation"} & set(todo):
         _ = run.prompt_sets, run.encoded_prompts  # kept by the run; files first, then the tokenizer
-    if any(ALGORITHMS[stage].online for stage in todo if stage in ALGORITHMS):
-        with Rewards(run.config.rewards, run.console.warn) as rewards:  # starts the user's functions
+        tell_cut(run, "prompts")
+    if "evaluation" in todo and not run.prompt_sets["held_out"]:
+        raise InputError(
+            "config.stages has 'evaluation' and no prompt is held out; give config.data.eval_prompts, or raise "
+            "config.data.held_out_prompts (at most a fifth of the prompts)."
+        )
+    if online:
+        with scoring.Rewards(run.config.rewards, run.console.warn) as rewards:  # starts the user's functions
             rewards.check_fields(run.prompt_sets["train"])
 
 

@@ -31,7 +31,7 @@ def read_parameters(path: str) -> dict:
     from configs import vertex
 
     if not os.path.isfile(path):
-        raise InputError(f"--parameter_values: {path} does not exist.")
+        raise InputError(f"--parameter_values: {path} is not a file.")
     try:
         with open(path, encoding="utf-8") as file:
             parameters = json.load(file)

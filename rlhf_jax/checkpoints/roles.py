@@ -42,9 +42,16 @@ def save_role(
             {name: np.asarray(jax.device_get(x)) for name, x in role.head.items()}, os.path.join(fresh, HEAD)
         )
     with open(os.path.join(fresh, META), "w", encoding="utf-8") as file:
-        json.dump(meta | {"depth": role.depth, "pooling": role.pooling}, file, indent=1)
+        own = {"depth": role.depth, "pooling": role.pooling, "parts": parts_of(role)}
+        json.dump(meta | own, file, indent=1)
     shutil.rmtree(path, ignore_errors=True)
     os.rename(fresh, path)
+
+
+def parts_of(role: Role) -> list[str]:
+    """What is written of it: none of these may be missing when it is read."""
+    held = {"adapter": role.adapter, "base": role.base, "head": role.head}
+    return [name for name, part in held.items() if part is not None]
 
 
 def load_role(path: str, config: LlamaConfig, dtype=jnp.float32) -> tuple[Role, LoraConfig | None, dict]:
@@ -53,13 +60,22 @@ def load_role(path: str, config: LlamaConfig, dtype=jnp.float32) -> tuple[Role, 
 
     if not exists(path):
         raise InputError(f"{path} holds no finished role; run the stage that makes it first.")
-    with open(os.path.join(path, META), encoding="utf-8") as file:
-        meta = json.load(file)
     adapter = lora = head = base = None
-    if os.path.exists(os.path.join(path, "adapter_config.json")):
-        adapter, lora = peft.load_adapter(path, shallower(config, meta["depth"]))
-    if os.path.exists(os.path.join(path, "config.json")):
-        _, base = huggingface.load_llama(path, dtype)
-    if os.path.exists(os.path.join(path, HEAD)):
-        head = {name: jnp.asarray(x) for name, x in load_file(os.path.join(path, HEAD)).items()}
-    return Role(adapter, head, base, meta["depth"], meta["pooling"]), lora, meta
+    try:
+        with open(os.path.join(path, META), encoding="utf-8") as file:
+            meta = json.load(file)
+        depth, pooling, parts = meta["depth"], meta["pooling"], meta["parts"]
+        if "adapter" in parts:
+            adapter, lora = peft.load_adapter(path, shallower(config, depth))
+        if "base" in parts:
+            _, base = huggingface.load_llama(path, dtype)
+        if "head" in parts:
+            head = {name: jnp.asarray(x) for name, x in load_file(os.path.join(path, HEAD)).items()}
+    except InputError:
+        raise
+    except Exception as error:  # of JSON, safetensors and the file system
+        raise InputError(
+            f"{path}: a finished role that cannot be read ({type(error).__name__}: {error}). Delete this directory and "
+            "run again: the stage ends at once from its last checkpoint."
+        ) from None
+    return Role(adapter, head, base, depth, pooling), lora, meta

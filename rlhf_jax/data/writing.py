@@ -5,6 +5,8 @@ Each row says which batch it is of and how many rows that batch has; a batch tha
 import json
 import os
 
+from rlhf_jax.errors import InputError
+
 
 def append_batch(path: str, number: int, rows: list[dict]) -> None:
     """One batch at the end of the file, on disk when this returns."""
@@ -22,9 +24,14 @@ def keep_whole_batches(path: str) -> int:
     with open(path, "rb") as file:
         lines = file.read().split(b"\n")[:-1]  # what follows the last line end is torn
     batches = {}
-    for line in lines:
-        row = json.loads(line)
-        batches.setdefault(row["batch"], []).append((row["batch_rows"], line))
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            batches.setdefault(row["batch"], []).append((row["batch_rows"], line))
+        except (ValueError, TypeError, KeyError):
+            raise InputError(
+                f"{path}, line {number} is damaged. Delete the file; it is made again."
+            ) from None
     whole = {number: rows for number, rows in batches.items() if len(rows) == rows[0][0]}
     with open(path + ".new", "wb") as file:
         file.writelines(line + b"\n" for rows in whole.values() for _, line in rows)
@@ -36,4 +43,6 @@ def keep_whole_batches(path: str) -> int:
 
 def finish(partial: str, final: str) -> None:
     """The file is complete: give it its name."""
+    with open(partial, "a", encoding="utf-8"):  # of no batches there is none yet
+        pass
     os.replace(partial, final)

@@ -90,7 +90,7 @@ def group_attention(q_BSHC, k_BSKC, v_BSKC, context: GroupContext):
     share = _softmax(scores, allowed, q.dtype)
     own = jnp.einsum("bgkmrp,bpkc->bgrkmc", share[..., :P], v_prompt)
     own = own + jnp.einsum("bgkmrs,bgskc->bgrkmc", share[..., P:], v_own)
-    return jnp.concatenate([prompt, own.reshape(B, G * R, -1, C)], axis=1)
+    return jnp.concatenate([prompt, own.reshape(B, G * R, K * M, C)], axis=1)
 
 
 def decode_attention(q_BGHC, prompt_keys, prompt_values, own_keys, own_values, context: DecodeContext):

@@ -134,12 +134,14 @@ def _read(path_or_dict):
 
 
 # Settings that would change the computation and that this decoder does not have. Absent or equal is fine.
-_FIXED = {"model_type": "llama", "hidden_act": "silu", "pretraining_tp": 1, "quantization_config": None}
+_FIXED = {"model_type": "llama", "hidden_act": "silu", "pretraining_tp": 1, "quantization_config": None,
+          "partial_rotary_factor": 1.0, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0,
+          "attention_multiplier": None, "sliding_window": None, "no_rope_layers": None}  # fmt: skip
 
 
 def _shape(raw, source):
     for key, expected in _FIXED.items():
-        value = raw.get(key, expected)
+        value = expected if raw.get(key) is None else raw[key]
         if value != expected:
             raise InputError(
                 f"{source}: {key} is {value!r}; only {expected!r} is supported. "
@@ -187,8 +189,8 @@ def _shape(raw, source):
 
 def _number(raw, key, default, source):
     value = default if raw.get(key) is None else raw[key]
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise InputError(f"{source}: {key} is {value!r}; expected a number.")
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise InputError(f"{source}: {key} is {value!r}; expected a number above 0.")
     return float(value)
 
 
@@ -197,6 +199,10 @@ def _rope(raw, source):
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise InputError(f"{source}: the rope settings are {rope!r}; expected a JSON object.")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(
+            f"{source}: partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 is supported."
+        )
     return _number(raw | rope, "rope_theta", 10000.0, source), rope
 
 
@@ -211,9 +217,9 @@ def _scaling(raw, source):
         )
     needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
     for key in needed:
-        if not isinstance(rope.get(key), int | float) or not math.isfinite(rope[key]):
+        if type(rope.get(key)) not in (int, float) or not 0 < rope[key] < math.inf:
             raise InputError(
-                f"{source}: rope scaling {kind!r} needs a number for {key!r}, found {rope.get(key)!r}."
+                f"{source}: rope scaling {kind!r} needs a number above 0 for {key!r}, found {rope.get(key)!r}."
             )
     if kind == "linear":
         return RopeScaling("linear", float(rope["factor"]))

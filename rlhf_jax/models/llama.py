@@ -154,7 +154,7 @@ class Llama(nn.Module):
         ids = jnp.concatenate([prompt_ids, completion_ids.reshape(B, G * R)], axis=1)
         x, _ = self._run(ids, positions, GroupContext(prompt_mask, completion_mask), adapters)
         P = prompt_ids.shape[1]
-        return x[:, :P], x[:, P:].reshape(B, G, R, -1)
+        return x[:, :P], x[:, P:].reshape(B, G, R, x.shape[-1])
 
     def prefill(self, prompt_ids, prompt_mask, adapters=None):
         """(hidden [B, P, D], prompt cache: keys and values [L, B, K, P, C])."""

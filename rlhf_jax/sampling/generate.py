@@ -33,6 +33,7 @@ class SamplingConfig:
     vocab_size: int | None = None  # ids from here on are padding of the embedding and never sampled
 
     def __post_init__(self):
+        object.__setattr__(self, "eos_ids", tuple(self.eos_ids))  # a list could not be a static argument
         checks = {
             "max_new_tokens must be at least 1": self.max_new_tokens >= 1,
             "temperature must be 0 (greedy) or more": 0 <= self.temperature < float("inf"),
@@ -75,10 +76,13 @@ def generate(
 
     def choose(hidden, step):
         logits = apply(hidden.reshape(B * G, -1), method=Llama.logits).astype(jnp.float32)
+        scaled = allowed = logits / (c.temperature or 1.0)
         if c.vocab_size is not None and c.vocab_size < logits.shape[-1]:
-            logits = jnp.where((jnp.arange(logits.shape[-1]) >= c.vocab_size)[None], filters.NEVER, logits)
-        scaled = logits / (c.temperature or 1.0)
-        allowed = filters.forbid(scaled, c.eos_ids, step < c.min_new_tokens) if c.min_new_tokens else scaled
+            # Of what is drawn alone, as all filters: trainer and reference normalise over every row too.
+            padding = (jnp.arange(logits.shape[-1]) >= c.vocab_size)[None]
+            allowed = jnp.where(padding, filters.NEVER, allowed)
+        if c.min_new_tokens:
+            allowed = filters.forbid(allowed, c.eos_ids, step < c.min_new_tokens)
         if c.temperature == 0:
             tokens = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
         else:

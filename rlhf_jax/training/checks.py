@@ -4,6 +4,7 @@ Keys and types are the parser's business; here it is what the numbers mean."""
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.rewards import rules
 from rlhf_jax.training import scoring
 from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.run import settings_of
@@ -39,6 +40,19 @@ def check_config(config, known_stages) -> None:
     _check_values("config", config)
     LoraConfig.from_names(**config.lora.to_dict())
     scoring.check(config.rewards)
+    if config.gold and config.gold not in rules.RULES:
+        raise InputError(
+            f"config.gold is {config.gold!r}; expected one of {', '.join(rules.RULES)}, or nothing."
+        )
+    if not config.sampling.top_p > 0:
+        raise InputError(f"config.sampling.top_p is {config.sampling.top_p}; expected above 0, at most 1.")
+    if config.sampling.min_new_tokens > config.data.completion_tokens:
+        raise InputError(
+            f"config.sampling.min_new_tokens is {config.sampling.min_new_tokens}, more than "
+            f"config.data.completion_tokens {config.data.completion_tokens}."
+        )
+    if not 0 <= config.seed < 2**63:
+        raise InputError(f"config.seed is {config.seed}; expected 0 or more, below 2**63.")
     if config.logging.wandb_project:
         check_installed()
     unknown = [stage for stage in config.stages if stage not in known_stages]

@@ -32,6 +32,12 @@ def make(run: Run) -> None:
         )
     wanted = {"train": section.num_pairs, "held_out": data.held_out_pairs}
     for name, count in wanted.items():
+        if count and not run.encoded_prompts[name]:
+            raise InputError(
+                f"there are no {name} prompts to make {count} pairs of; raise config.data.held_out_prompts (at most a "
+                "fifth of the prompts is held out) or set config.data.held_out_pairs=0."
+            )
+    for name, count in wanted.items():
         _make_file(run, name, -(-count // section.batch_size))
 
 

@@ -283,10 +283,15 @@ def announce(run: Run, stage: str, trained: dict, what: str) -> None:
         f"width {config.hidden_size}), {roles.count(trained) / 1e6:.2f}M trained; "
         f"mesh {dict(run.mesh.shape)} on {jax.devices()[0].platform}; the first step compiles"
     )
+    tell_cut(run, stage)
+
+
+def tell_cut(run: Run, what: str) -> None:
+    """How many texts were cut or dropped since the last time."""
     cut = {name.replace("_", " "): count for name, count in run.tokenizer.counts.items() if count}
     if cut:
         run.console.note(
-            f"{stage}: {', '.join(f'{count} {name}' for name, count in cut.items())} "
+            f"{what}: {', '.join(f'{count} {name}' for name, count in cut.items())} "
             "(config.data.prompt_tokens, completion_tokens)"
         )
         run.tokenizer.counts.clear()

@@ -61,7 +61,8 @@ def preference_pairs(run: Run):
     if not data.preferences:
         files = {name: run.path(file) for name, file in preferences.FILES.items()}
         # Already with the instruction in front: these prompts were sampled from.
-        return tuple(formats.pairs(sources.read_rows(files[name])) for name in ("train", "held_out"))
+        read = lambda file: formats.pairs(sources.read_rows(file)) if os.path.getsize(file) else []
+        return tuple(read(files[name]) for name in ("train", "held_out"))
     pairs = run.records(data.preferences, formats.pairs)
     if data.eval_preferences:
         return pairs, run.records(data.eval_preferences, formats.pairs)

@@ -15,8 +15,8 @@ MAY_CHANGE = ("logging.", "evaluation.", "stages")  # keys that a resumed run ma
 PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
-def settle_config(config: dict, workdir: str) -> None:
-    """Write config.json, or compare with the one that is there.
+def settle_config(config: dict, workdir: str, may_change: tuple[str, ...] = MAY_CHANGE) -> None:
+    """Write config.json, or compare with the one that is there. may_change: what keys that may differ begin with.
 
     Raises: InputError listing each key that differs, unless a resumed run may change it.
     """
@@ -25,18 +25,18 @@ def settle_config(config: dict, workdir: str) -> None:
     # A run that ended before it made anything (a wrong path, say) may be corrected in place.
     begun = set(os.listdir(workdir)) - {"config.json", "environment.json", "timing.json", ".lock"}
     if begun and os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)
+        before = read_json(path)
         was, become = flat(before), flat(now)
         differ = [
             f"  {key}: was {was.get(key)!r}, is {become.get(key)!r}"
             for key in sorted(was.keys() | become.keys())
-            if was.get(key) != become.get(key) and not key.startswith(MAY_CHANGE)
+            if was.get(key) != become.get(key) and not key.startswith(may_change)
         ]
         if differ:
             raise InputError(
                 f"{path}: this workdir was begun with another config:\n" + "\n".join(differ) + "\n"
-                "Use another --workdir, or the config it was begun with."
+                "Use another --workdir, or the config it was begun with (python -m experiments.evaluate makes a "
+                "finished evaluation again)."
             )
     write_json(path, now)
 
@@ -77,7 +77,7 @@ def phase(workdir: str, name: str):
     finally:
         path = os.path.join(workdir, "timing.json")
         timing = {"phases": [], "peak_memory_bytes": 0}
-        if os.path.exists(path):
+        with contextlib.suppress(OSError, ValueError):  # a damaged one is begun anew: times end no run
             with open(path, encoding="utf-8") as file:
                 timing = json.load(file)
         seconds = dict(timing["phases"])
@@ -88,6 +88,17 @@ def phase(workdir: str, name: str):
             "peak_memory_bytes": max(peak, timing["peak_memory_bytes"]),
         }
         write_json(path, timing)
+
+
+def read_json(path: str):
+    """Raises: InputError naming the file if it is no JSON."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise InputError(
+            f"{path} is damaged ({error}). Put a copy of it back, or take another --workdir."
+        ) from None
 
 
 def write_json(path: str, content) -> None:

@@ -120,6 +120,12 @@ def test_padding_of_the_vocabulary_is_never_sampled(tiny_llama):
     sampling = SamplingConfig(12, temperature=5.0, num_completions=8, vocab_size=10)
     made = generate(model, params, PROMPTS, MASK, jax.random.key(0), sampling)
     assert np.array(made.ids).max() < 10
+    # A filter like any other: the trainer, which knows nothing of it, finds the same log-probabilities.
+    batch = GroupedBatch(PROMPTS, MASK, made.ids, made.mask)
+    states = roles.predicting_states(model, params, roles.Role(), batch)
+    logits = model.apply({"params": params}, states, method=Llama.logits)
+    expected = jnp.where(made.mask > 0, token_logprobs(logits, made.ids, temperature=5.0), 0.0)
+    np.testing.assert_allclose(made.logprobs, expected, atol=1e-4)
 
 
 def test_top_k_and_top_p_by_hand():
