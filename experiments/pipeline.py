@@ -12,7 +12,7 @@ from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.console import Console
 from rlhf_jax.training.loop import StopRequest
 from rlhf_jax.training.run import Run, tell_cut
-from rlhf_jax.training.workdir import MAY_CHANGE, phase, settle_config, write_environment
+from rlhf_jax.training.workdir import phase, settle_config, write_environment
 
 STAGES = stages.STAGES | {
     "reward_model": lambda run: stages.reward_model(run, evaluator=evaluate.judge_reward_model),
@@ -30,9 +30,14 @@ def run(config, workdir: str, command: str) -> None:
         raise InputError(f"--workdir: {workdir} cannot be made a directory ({error.strerror}).") from None
     with WorkdirLock(workdir), StopRequest() as stop:
         made = Run(config, workdir, console, stop)
-        evaluated = is_done(made, "evaluation")  # by settings that config.json should go on to tell
-        may_change = tuple(key for key in MAY_CHANGE if not (evaluated and key == "evaluation."))
-        settle_config(config.to_dict(), workdir, may_change)
+        kept = settle_config(
+            config.to_dict(), workdir, keep=("evaluation",) if is_done(made, "evaluation") else ()
+        )
+        if kept:
+            console.note(
+                "the evaluation is done, with other settings:\n" + "\n".join(kept) + "\n"
+                f"python -m experiments.evaluate --workdir={workdir} makes it again, with overrides if you give any"
+            )
         todo = [stage for stage in config.stages if not is_done(made, stage)]
         check_stages(made, todo)
         if todo:

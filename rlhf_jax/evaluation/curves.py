@@ -302,13 +302,5 @@ def _draw_against_kl(axes, colours, run, stage):
             furthest = max(furthest, x_ends[1])
         furthest = max(furthest, x.max())
         ax.set_ylabel("learned reward" if name == "reward" else "true reward", color=colour)
-    for ax in axes:
-        ax.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0.0)), np.square))
-        ax.set_xlim(0.0, furthest * 1.08)
-        nice = [0, 0.02, 0.1, 0.25, 0.5, 1, 2, 4, 6, 9, 12, 16, 25, 36, 50, 75, 100, 200, 400, 1000]
-        ticks = [tick for tick in nice if tick <= furthest * 1.08]
-        while len(ticks) > 9:
-            ticks = [0, *ticks[1::2]] if len(ticks) % 2 == 0 else ticks[::2]
-        far = [tick for tick in ticks if tick == 0 or np.sqrt(tick) > 0.06 * np.sqrt(furthest)]
-        ax.set_xticks(far, labels=[f"{tick:g}" for tick in far])
-    axes[-1].set_xlabel("KL from the starting model (nats a completion, square-root scale)")
+    drawing.root_scale(axes, furthest)
+    axes[-1].set_xlabel(drawing.KL_AXIS)

@@ -24,6 +24,7 @@ ROLES = {
 }
 MAX_POINTS = 300  # of a curve or cloud; more only makes the page larger
 WIDTH, HEIGHT = 3.5, 2.25  # inches
+KL_AXIS = "KL from the starting model (nats a completion, square-root scale)"
 
 
 def has_numbers(row, count):
@@ -36,7 +37,7 @@ def blocks(values, count=MAX_POINTS):
     return np.array([block.mean() for block in np.array_split(values, min(count, len(values)))])
 
 
-def _smooth(values):
+def smooth(values):
     """Centred running mean over a tenth of the curve, narrower at the ends."""
     half = len(values) // 20
     padded = np.concatenate([[0.0], np.cumsum(values)])
@@ -52,7 +53,7 @@ def curve(ax, colours, steps, values, role, label=None):
         ax.plot(steps, values, color=colours[role], linewidth=1.6, marker="o", markersize=3, label=label)
         return
     ax.plot(steps, values, color=colours[role], linewidth=0.8, alpha=0.35)
-    ax.plot(steps, _smooth(values), color=colours[role], linewidth=1.9, label=label)
+    ax.plot(steps, smooth(values), color=colours[role], linewidth=1.9, label=label)
 
 
 def legend(ax, colours):
@@ -93,6 +94,19 @@ def cloud(ax, colours, points):
     points = points[:: -(-len(points) // MAX_POINTS)]
     ax.scatter(points[:, 1], points[:, 0], s=9, color=colours["gold"], alpha=0.5, linewidths=0)
     ax.set(xlabel="true reward (gold units)", ylabel="learned reward (reward units)")
+
+
+def root_scale(axes, furthest):
+    """x from 0 to a little beyond `furthest`, spaced by the square root, with round ticks."""
+    for ax in axes:
+        ax.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0.0)), np.square))
+        ax.set_xlim(0.0, furthest * 1.08)
+        nice = [0, 0.02, 0.1, 0.25, 0.5, 1, 2, 4, 6, 9, 12, 16, 25, 36, 50, 75, 100, 200, 400, 1000]
+        ticks = [tick for tick in nice if tick <= furthest * 1.08]
+        while len(ticks) > 9:
+            ticks = [0, *ticks[1::2]] if len(ticks) % 2 == 0 else ticks[::2]
+        far = [tick for tick in ticks if tick == 0 or np.sqrt(tick) > 0.06 * np.sqrt(furthest)]
+        ax.set_xticks(far, labels=[f"{tick:g}" for tick in far])
 
 
 def plain(text):

@@ -15,30 +15,48 @@ MAY_CHANGE = ("logging.", "evaluation.", "stages")  # keys that a resumed run ma
 PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
-def settle_config(config: dict, workdir: str, may_change: tuple[str, ...] = MAY_CHANGE) -> None:
-    """Write config.json, or compare with the one that is there. may_change: what keys that may differ begin with.
+def settle_config(config: dict, workdir: str, keep: tuple[str, ...] = ()) -> list[str]:
+    """Write config.json, or compare with the one that is there.
 
+    Args:
+      keep: sections whose values stay as they are there, because what they led to is done.
+    Returns: a line for each key of `keep` that differs.
     Raises: InputError listing each key that differs, unless a resumed run may change it.
     """
-    path = os.path.join(workdir, "config.json")
-    now = json.loads(json.dumps(config))  # tuples as lists, as they will be read back
+    path, now, kept = os.path.join(workdir, "config.json"), _as_read_back(config), []
     # A run that ended before it made anything (a wrong path, say) may be corrected in place.
     begun = set(os.listdir(workdir)) - {"config.json", "environment.json", "timing.json", ".lock"}
     if begun and os.path.exists(path):
-        before = read_json(path)
-        was, become = flat(before), flat(now)
-        differ = [
-            f"  {key}: was {was.get(key)!r}, is {become.get(key)!r}"
-            for key in sorted(was.keys() | become.keys())
-            if was.get(key) != become.get(key) and not key.startswith(may_change)
-        ]
+        differ = differences(config, workdir)
         if differ:
             raise InputError(
                 f"{path}: this workdir was begun with another config:\n" + "\n".join(differ) + "\n"
-                "Use another --workdir, or the config it was begun with (python -m experiments.evaluate makes a "
-                "finished evaluation again)."
+                "Use another --workdir, or the config it was begun with."
             )
+        before = read_json(path)
+        for section in keep:
+            kept += _differences({section: before[section]}, {section: now[section]}, may_change=())
+            now[section] = before[section]
     write_json(path, now)
+    return kept
+
+
+def differences(config: dict, workdir: str) -> list[str]:
+    """A line for each key whose value is not that of the workdir's config.json, but for those that may change."""
+    return _differences(read_json(os.path.join(workdir, "config.json")), _as_read_back(config), MAY_CHANGE)
+
+
+def _differences(before: dict, now: dict, may_change: tuple[str, ...]) -> list[str]:
+    was, become = flat(before), flat(now)
+    return [
+        f"  {key}: was {was.get(key)!r}, is {become.get(key)!r}"
+        for key in sorted(was.keys() | become.keys())
+        if was.get(key) != become.get(key) and not key.startswith(may_change)
+    ]
+
+
+def _as_read_back(config: dict) -> dict:
+    return json.loads(json.dumps(config))  # tuples as lists
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
