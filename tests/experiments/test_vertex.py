@@ -185,7 +185,7 @@ def test_parameters_are_refused_by_name(written, tmp_path, capsys, changes, mess
     [
         ('{"kl_coeff": 0.1,\n "instruction": }', "not a JSON file (Expecting value: line 2"),
         ("[1, 2]", "expected one JSON object"),
-        (None, "does not exist"),
+        (None, "is not a file"),
     ],
 )
 def test_parameter_files_that_are_none(tmp_path, capsys, text, message):
