@@ -13,7 +13,7 @@ def get_config(size="tiny"):
         advantage_scale="group",  # deviation that advantages are divided by: group, batch, none
         clip_low=0.2,  # the ratio is kept in [1 - clip_low, 1 + clip_high]; cispo: clip_high is the cap, 5.0 is usual
         clip_high=0.2,
-        # Of the KL in the loss, nats a token. At the paper's 0.04 the real model of the demo goes 17 nats away in 14 steps.
+        # Of the KL in the loss, nats a token. At 0.04, the paper's, smollm2 goes 17 nats away in 14 steps.
         kl_loss_coeff=0.15 if size == "smollm2" else 0.04,
         kl_loss_kind="k3",  # k1, k2, k3, or k3+: value of k3, gradient of k2
     )
