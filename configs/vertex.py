@@ -51,7 +51,7 @@ def get_config(parameters: dict):
     )
     fixed = {"schedule": "constant", "warmup_steps": 0, "head_multiplier": 1.0}
     config.reward_model.update(
-        steps=p["reward_model_train_steps"], batch_size=BATCH_SIZE, layers=0, pooling="last"
+        steps=p["reward_model_train_steps"], batch_size=BATCH_SIZE, layers=0, pooling="last", center_coeff=0.0
     )
     config.reward_model.optimizer.update(
         learning_rate=1e-4 * p["reward_model_learning_rate_multiplier"], **fixed
