@@ -7,7 +7,6 @@ import ast
 import difflib
 import importlib.machinery
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -71,6 +70,8 @@ def load_saved(workdir: str, overrides: list[str]):
     """The config of a run that is there, from its config.json, with overrides, locked."""
     from ml_collections import config_dict
 
+    from rlhf_jax.training.workdir import read_json
+
     path = os.path.join(workdir, "config.json")
     if not os.path.isfile(path):
         raise InputError(f"{path} does not exist; --workdir is the directory of a run that was started.")
@@ -80,12 +81,7 @@ def load_saved(workdir: str, overrides: list[str]):
             return {k: tuples(v) for k, v in x.items()}
         return tuple(x) if isinstance(x, list) else x
 
-    try:
-        with open(path, encoding="utf-8") as file:
-            saved = json.load(file)
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); put a copy of it back.") from None
-    return override(config_dict.ConfigDict(tuples(saved)), overrides)
+    return override(config_dict.ConfigDict(tuples(read_json(path))), overrides)
 
 
 def override(config, overrides: list[str]):

@@ -37,10 +37,8 @@ def side_by_side_and_report(run) -> None:
     if run.has_role("reward_model") and rewards.learned:
         reward = (run.load_role("reward_model")[0], meta.get("reward_mean", 0.0), meta.get("reward_std", 1.0))
     prompts = run.encoded_prompts["held_out"]
-    texts, gold = (
-        [readable(prompt.text) for prompt, _ in prompts],
-        rules.RULES[run.gold] if run.gold else None,
-    )
+    texts = [readable(prompt.text) for prompt, _ in prompts]
+    gold = rules.RULES[run.gold] if run.gold else None
     found = {}
     online = ALGORITHMS[name].online
     with rewards:

@@ -53,9 +53,14 @@ def run(config, workdir: str, command: str) -> None:
         evaluate.tell(made)
 
 
+def online_stages(names) -> list[str]:
+    """Those that learn from rewards of the policy's own samples."""
+    return [name for name in names if name in ALGORITHMS and ALGORITHMS[name].online]
+
+
 def check_stages(run: Run, todo: list[str]) -> None:
     """Raises: InputError if a stage needs the result of one that is neither done nor to be run."""
-    online = [stage for stage in todo if stage in ALGORITHMS and ALGORITHMS[stage].online]
+    online = online_stages(todo)
     before = run.config.stages[: run.config.stages.index(online[0])] if online else ()
     learned = scoring.LEARNED in run.config.rewards.components
     if online and learned and "reward_model" not in before and not run.has_role("reward_model"):
@@ -72,7 +77,7 @@ def read_data(run: Run, todo: list[str]) -> None:
         run.records(data.sft, formats.examples)
     if data.preferences and {"reward_model", *preference.ROWS} & set(todo):
         stages.preference_pairs(run)
-    online = [stage for stage in todo if stage in ALGORITHMS and ALGORITHMS[stage].online]
+    online = online_stages(todo)
     if online or {"preferences", "evaluation"} & set(todo):
         _ = run.prompt_sets, run.encoded_prompts  # kept by the run; files first, then the tokenizer
         tell_cut(run, "prompts")

@@ -79,8 +79,8 @@ def training_curve(workdir: Run) -> tuple[dict, bool]:
     stages = [stage for stage in workdir.rl_stages() if "completion_length" in workdir.names(stage)]
     if not stages:
         return {}, False
-    section = workdir.config.get(stages[-1])
-    if isinstance(section, dict) and section.get("kl_kind") == "k2":
+    section = workdir.config[stages[-1]] if stages[-1] in workdir.config else {}
+    if "kl_kind" in section and section["kl_kind"] == "k2":
         return {}, True
     series = {name: workdir.series(stages[-1], name) for name in MEASURES}
     series = {name: pair for name, pair in series.items() if len(pair[0])}

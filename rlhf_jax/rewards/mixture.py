@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.losses.advantages import group_relative
 from rlhf_jax.losses.masking import masked_mean
 
 NORMALISATIONS = ("none", "batch", "group")
-EPSILON = 1e-4  # added to a deviation, as in losses.advantages.group_relative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,8 @@ def mix(
         finite = jnp.isfinite(raw)
         counted = finite if mask is None else finite & (mask > 0)
         metrics[f"reward/{one.name}"] = masked_mean(raw, counted)
-        spread = centred(raw, counted, axis=None)
-        metrics[f"reward/{one.name}_std"] = jnp.sqrt(masked_mean(jnp.square(spread), counted))
+        spread = jnp.square(raw - metrics[f"reward/{one.name}"])
+        metrics[f"reward/{one.name}_std"] = jnp.sqrt(masked_mean(spread, counted))
         if one.weight:
             score = jnp.clip(normalised(raw, counted, one.normalise), one.clip_low, one.clip_high)
             total = total + one.weight * jnp.where(finite, score, jnp.nan)
@@ -81,23 +81,11 @@ def normalised(scores: jax.Array, counted: jax.Array, over: str) -> jax.Array:
     """[B, G]: scores less their mean, over their deviation (over n - 1) plus 1e-4, of the batch or of each group.
 
     Args:
-      counted: [B, G] bool, what enters mean and deviation; all of it finite. over: of NORMALISATIONS.
-    Equal scores give exactly 0, and so does one alone. A score that is not counted is measured by those that are.
+      counted: [B, G] bool, what enters mean and deviation; all of it finite, and all else gets 0. over: of
+        NORMALISATIONS.
+    Equal scores give exactly 0, and so does one alone.
     """
     if over == "none":
         return scores
-    axis = 1 if over == "group" else None
-    spread = centred(scores, counted, axis)
-    squares = jnp.where(counted, jnp.square(spread), 0.0).sum(axis, keepdims=True)
-    count = counted.sum(axis, keepdims=True)
-    deviation = jnp.sqrt(squares / jnp.maximum(count - 1, 1))
-    return spread / jnp.broadcast_to(deviation + EPSILON, spread.shape)
-
-
-def centred(scores: jax.Array, counted: jax.Array, axis: int | None) -> jax.Array:
-    """scores less the mean of those counted along `axis` (None: of all), exactly 0 where these are equal."""
-    # First less one of them: the mean of three 0.1 need not be 0.1 in float32.
-    largest = jnp.where(counted, scores, -jnp.inf).max(axis, keepdims=True)
-    shifted = scores - jnp.broadcast_to(jnp.where(jnp.isfinite(largest), largest, 0.0), scores.shape)
-    mean = jnp.expand_dims(masked_mean(shifted, counted, axis), (0, 1) if axis is None else axis)
-    return shifted - jnp.broadcast_to(mean, scores.shape)
+    shape = scores.shape if over == "group" else (1, scores.size)
+    return group_relative(scores.reshape(shape), weights=counted.reshape(shape)).reshape(scores.shape)
