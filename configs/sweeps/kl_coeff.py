@@ -7,4 +7,5 @@ from configs.sweeps import grid, sweep
 
 def get_config(size="tiny"):
     # None is 0: without a price the reference is never run, and KL not measured.
-    return sweep(size, points=grid({"ppo.kl_coeff": (0.001, 0.02, 0.1, 0.4)}))
+    prices = (0.001, 0.02, 0.1, 0.4) if size == "tiny" else (0.02, 0.1, 0.22, 0.5)
+    return sweep(size, points=grid({"ppo.kl_coeff": prices}))
