@@ -6,18 +6,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rlhf_jax.data.batching import pad_prompts
-from rlhf_jax.data.formats import readable
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import heads, roles
+from rlhf_jax.models import heads
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.rewards import rules
-from rlhf_jax.training import rollout
 from rlhf_jax.training import state as states
 from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training.collect import Collector
 from rlhf_jax.training.loop import StepOutput, train
 from rlhf_jax.training.run import Run, announce, optimizer_of, resumable, settings_of
 from rlhf_jax.training.scoring import Rewards
@@ -29,7 +25,7 @@ EVALUATED = ("reward", "reward_std", "gold_reward", "kl", "completion_length", "
 
 def online(run: Run, name: str) -> None:
     """Sample, score, prepare, update: one step is one rollout."""
-    section, sampling_config = run.config[name], run.sampling(run.config[name].num_completions)
+    section = run.config[name]
     algorithm, settings = ALGORITHMS[name], settings_of(name, section)
     network = run.network(run.config.sampling.temperature)
     rewards = Rewards(run.config.rewards, run.console.warn)
@@ -40,8 +36,8 @@ def online(run: Run, name: str) -> None:
         trained["value"] = first_value(run, section, jax.random.fold_in(rng, 1), reward)
     frozen = {"base": base}
     prompts = run.encoded_prompts["train"]
-    data = resumable(run, prompts, section.batch_size, (run.prompt_length, sampling_config.max_new_tokens))
-    gold = rules.RULES[run.gold] if run.gold else None
+    lengths = (run.prompt_length, run.config.data.completion_tokens)
+    data = resumable(run, prompts, section.batch_size, lengths)
 
     updates_a_step = section.rollout_epochs * section.num_minibatches
     optimizer, schedule = optimizer_of(section, section.steps * updates_a_step)
@@ -55,49 +51,11 @@ def online(run: Run, name: str) -> None:
         ),
         donate_argnums=0,
     )
-    scorer = rollout.make_scorer(network, run.eos_ids)
-    prepare = rollout.make_prepare(algorithm, settings, network)
-    values_of = jax.jit(
-        lambda base, role, batch: heads.apply(
-            role.head, roles.predicting_states(network.model, base, role, batch)
-        )
-    )
-
-    def batch_of(chosen):
-        return run.put(pad_prompts([ids for _, ids in chosen], run.prompt_length, run.tokenizer.pad_id))
-
-    def roll(state, chosen, key):
-        """(rollout with targets, its metrics); `chosen` may be short: the rows that fill the batch weigh nothing."""
-        filled = [*chosen, *chosen[-1:] * (section.batch_size - len(chosen))]
-        shared = "value" in state.trained and section.value == "shared"
-        head = state.trained["value"].head if shared else None
-        batch = rollout.sample(
-            network, base, state.trained["policy"], batch_of(filled), key, sampling_config, head
-        )
-        if len(chosen) < section.batch_size:
-            real = jnp.arange(section.batch_size)[:, None] < len(chosen)
-            batch = batch.replace(weights=batch.weights * real)
-        if "value" in state.trained and not shared:
-            batch = batch.replace(old_values=values_of(base, state.trained["value"], batch))
-        controllers, scores, metrics = state.controllers, None, {}
-        if rewards.learned:
-            scores = scorer(base, reward, batch, controllers["reward_mean"], controllers["reward_std"])
-        if not rewards.plain:
-            prompts = [prompt for prompt, _ in filled]
-            total, metrics = rewards.total(
-                scores, prompts, rollout.texts(run.tokenizer, batch), batch.weights
-            )
-            scores = run.put(np.asarray(total))
-        batch, more = prepare(frozen, controllers, batch.replace(scores=scores))
-        return batch, metrics | more
-
-    def rows_of(chosen, batch):
-        texts = rollout.texts(run.tokenizer, batch)[: len(chosen)]
-        return rollout.sample_rows([readable(prompt.text) for prompt, _ in chosen], texts, batch, gold)
+    collect = Collector(run, section, algorithm, settings, network, rewards, reward)
 
     def step(state, position):
         chosen = data.batch(position)
-        batch, metrics = roll(state, chosen, jax.random.fold_in(jax.random.fold_in(rng, 2), position))
+        batch, metrics = collect(state, chosen, jax.random.fold_in(jax.random.fold_in(rng, 2), position))
         state, update_metrics = update(state, frozen, batch)
         metrics |= update_metrics | {"learning_rate": schedule(position * updates_a_step)}
         if algorithm.control is not None:
@@ -111,7 +69,7 @@ def online(run: Run, name: str) -> None:
                     f"{name}, step {position + 1}: before its first update the policy differs from the one that "
                     f"sampled by a ratio of {gap:.2g} (rounding stays below {limit}): sampler and trainer disagree."
                 )
-            return rows_of(chosen, batch)
+            return collect.rows(chosen, batch)
 
         return state, StepOutput(metrics, finish)
 
@@ -122,8 +80,8 @@ def online(run: Run, name: str) -> None:
             return total
         for first in range(0, len(held_out), section.batch_size):
             chosen = held_out[first : first + section.batch_size]
-            batch, metrics = roll(state, chosen, jax.random.fold_in(jax.random.fold_in(rng, 4), first))
-            metrics = jax.device_get(metrics) | rows_of(chosen, batch)[0]
+            batch, metrics = collect(state, chosen, jax.random.fold_in(jax.random.fold_in(rng, 4), first))
+            metrics = jax.device_get(metrics) | collect.rows(chosen, batch)[0]
             for name, value in metrics.items():
                 total[name] = total.get(name, 0.0) + float(value) * len(chosen) / len(held_out)
         return {name: value for name, value in total.items() if name in EVALUATED}
@@ -132,9 +90,8 @@ def online(run: Run, name: str) -> None:
         """Learned rewards get mean 0 and deviation 1 on samples of the reference."""
         if not rewards.learned:
             return state
-        batches = [batch_of(data.batch(n)) for n in range(section.reward_reference_batches)]
-        key = jax.random.fold_in(rng, 3)
-        found = rollout.reward_statistics(network, base, reward, batches, key, sampling_config, scorer)
+        batches = [data.batch(n) for n in range(section.reward_reference_batches)]
+        found = collect.reward_statistics(batches, jax.random.fold_in(rng, 3))
         run.console.note(
             f"{name}: raw reward of the reference {found['reward_mean']:.3f} +- {found['reward_std']:.3f}; "
             "rewards below are normalised by these"

@@ -1,0 +1,86 @@
+"""One rollout of a run: prompts to completions, their rewards, and the targets that the algorithm trains on.
+
+Between rollout.py, which knows arrays, and online.py, which knows steps. Knows no loss and nothing of the loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.batching import pad_prompts
+from rlhf_jax.data.formats import readable
+from rlhf_jax.models import heads, roles
+from rlhf_jax.rewards import rules
+from rlhf_jax.training import rollout
+from rlhf_jax.training.algorithms import Algorithm, Network
+from rlhf_jax.training.run import Run
+from rlhf_jax.training.scoring import Rewards
+
+
+class Collector:
+    """collector(state, prompts, key) -> (batch with targets, metrics). Waits for the device only to read texts."""
+
+    def __init__(
+        self, run: Run, section, algorithm: Algorithm, settings, network: Network, rewards: Rewards, reward
+    ):
+        """section: the algorithm's, of the config. reward: the learned reward's Role; None without one."""
+        self.run, self.section, self.rewards, self.reward = run, section, rewards, reward
+        self.network, self.sampling = network, run.sampling(section.num_completions)
+        self.gold = rules.RULES[run.gold] if run.gold else None
+        self.scorer = rollout.make_scorer(network, run.eos_ids)
+        self.prepare = rollout.make_prepare(algorithm, settings, network)
+        self.values_of = jax.jit(
+            lambda base, role, batch: heads.apply(
+                role.head, roles.predicting_states(network.model, base, role, batch)
+            )
+        )
+
+    def __call__(self, state, chosen, key):
+        """`chosen`: (prompt, ids) each; may be short: the rows that fill the batch weigh nothing."""
+        size = self.section.batch_size
+        filled = [*chosen, *chosen[-1:] * (size - len(chosen))]
+        batch = self.sample(state, filled, key)
+        if len(chosen) < size:
+            real = jnp.arange(size)[:, None] < len(chosen)
+            batch = batch.replace(weights=batch.weights * real)
+        scores, metrics = self.score(state, filled, batch)
+        batch, more = self.prepare({"base": self.run.base}, state.controllers, batch.replace(scores=scores))
+        return batch, metrics | more
+
+    def sample(self, state, chosen, key):
+        """Completions with log-probabilities, and values if there is a value role."""
+        policy, value = state.trained["policy"], state.trained.get("value")
+        shared = value is not None and self.section.value == "shared"
+        head = value.head if shared else None
+        base = self.run.base
+        batch = rollout.sample(self.network, base, policy, self.arrays(chosen), key, self.sampling, head)
+        if value is not None and not shared:
+            batch = batch.replace(old_values=self.values_of(base, value, batch))
+        return batch
+
+    def score(self, state, chosen, batch):
+        """(rewards [B, G], metrics of their components)."""
+        scores, controllers = None, state.controllers
+        if self.rewards.learned:
+            mean, std = controllers["reward_mean"], controllers["reward_std"]
+            scores = self.scorer(self.run.base, self.reward, batch, mean, std)
+        if self.rewards.plain:
+            return scores, {}
+        texts = rollout.texts(self.run.tokenizer, batch)
+        total, metrics = self.rewards.total(scores, [prompt for prompt, _ in chosen], texts, batch.weights)
+        return self.run.put(np.asarray(total)), metrics
+
+    def rows(self, chosen, batch):
+        """(host metrics, one row a prompt for completions/STAGE.jsonl). Waits for the device."""
+        texts = rollout.texts(self.run.tokenizer, batch)[: len(chosen)]
+        return rollout.sample_rows([readable(prompt.text) for prompt, _ in chosen], texts, batch, self.gold)
+
+    def reward_statistics(self, batches, key) -> dict:
+        """Mean and deviation of the raw learned reward over samples of the reference on batches of prompts."""
+        arrays = [self.arrays(chosen) for chosen in batches]
+        return rollout.reward_statistics(
+            self.network, self.run.base, self.reward, arrays, key, self.sampling, self.scorer
+        )
+
+    def arrays(self, chosen):
+        run = self.run
+        return run.put(pad_prompts([ids for _, ids in chosen], run.prompt_length, run.tokenizer.pad_id))
