@@ -27,7 +27,7 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         eval_prompts="",  # empty: the last held_out_prompts of the prompts
         preferences="",  # empty: what the stage `preferences` made
         eval_preferences="",  # empty: as made, or the last held_out_pairs of the preferences
-        sft="",  # empty: a small corpus made from the openings
+        sft="",  # rows input_text and output_text; tiny has a small corpus of its own
         instruction="",  # put before each input
         prompt_tokens=16,
         completion_tokens=20,
@@ -65,6 +65,8 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         num_completions=4,  # a prompt
         rollout_epochs=2,  # passes over one rollout
         num_minibatches=2,  # updates a pass
+        # Nats a token between the policy and the one that sampled, past which a step makes no more updates; 0: none.
+        stop_approx_kl=0.0,
         # Whose states the value head reads: the policy's (shared), those of an adapter or weights of its own (own), or
         # of a copy of the reward model (reward).
         value="shared",
@@ -76,8 +78,10 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         gamma=1.0,
         gae_lambda=0.95,  # 1: Monte Carlo returns
         clip_epsilon=0.2,
+        clip_epsilon_high=0.0,  # half-width above a ratio of 1; 0: clip_epsilon, as below it
         dual_clip=0.0,  # cap on the ratio where the advantage is negative; 0: none
-        value_clip=0.2,
+        value_loss="clipped",  # around the old values; or squared, huber
+        value_clip=0.2,  # reward units; of huber, the error at which it turns linear
         value_coeff=0.1,
         entropy_coeff=0.0,
         whiten_rewards=False,  # without shifting their mean
@@ -133,9 +137,9 @@ def stage(*, steps, batch_size, learning_rate) -> config_dict.ConfigDict:
 
 
 OFFLINE = ("steps", "batch_size", "num_microbatches", "train", "eval_every_steps", "optimizer")
-ONLINE = (*OFFLINE, "num_completions", "rollout_epochs", "num_minibatches", "reward_reference_batches", "kl_coeff",
-          "kl_kind", "kl_target", "kl_horizon", "entropy_coeff", "reward_clip", "missing_eos_rule",
-          "missing_eos_value")  # fmt: skip
+ONLINE = (*OFFLINE, "num_completions", "rollout_epochs", "num_minibatches", "stop_approx_kl",
+          "reward_reference_batches", "kl_coeff", "kl_kind", "kl_target", "kl_horizon", "entropy_coeff", "reward_clip",
+          "missing_eos_rule", "missing_eos_value")  # fmt: skip
 
 
 def instead_of(config, old: str, name: str, shared: tuple[str, ...], **own) -> None:

@@ -4,13 +4,13 @@ import os
 
 from experiments import evaluate
 from rlhf_jax.checkpoints.lock import WorkdirLock
-from rlhf_jax.data import formats
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import scoring, stages
 from rlhf_jax.training.algorithms import ALGORITHMS, preference
 from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.console import Console
 from rlhf_jax.training.loop import StopRequest
+from rlhf_jax.training.offline import examples
 from rlhf_jax.training.run import Run, tell_cut
 from rlhf_jax.training.workdir import phase, settle_config, write_environment
 
@@ -73,8 +73,9 @@ def check_stages(run: Run, todo: list[str]) -> None:
 def read_data(run: Run, todo: list[str]) -> None:
     """Reads what the stages will read, so that a wrong line or prompt shows now and not after hours of training."""
     data = run.config.data
-    if "sft" in todo and data.sft:
-        run.records(data.sft, formats.examples)
+    for stage, key in (("sft", "sft"), ("ppo_ptx", "ptx")):
+        if stage in todo:
+            examples(run, key)
     if data.preferences and {"reward_model", *preference.ROWS} & set(todo):
         stages.preference_pairs(run)
     online = online_stages(todo)

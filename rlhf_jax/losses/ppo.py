@@ -7,6 +7,7 @@ OpenAI's lm-human-preferences."""
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from rlhf_jax.losses.masking import masked_mean
 
@@ -66,21 +67,50 @@ def clipped_value_loss(values, old_values, returns, mask, clip_range=0.2):
       where the returns do not vary; `value_clip_fraction`: tokens where the clipped error is the larger.
     Raises: AssertionError if the shapes differ.
     """
-    chex.assert_rank(values, 2)
-    chex.assert_equal_shape([values, old_values, returns, mask])
-    real = lambda x: jnp.where(mask > 0, x.astype(jnp.float32), 0.0)
-    values, (old_values, returns) = real(values), jax.lax.stop_gradient((real(old_values), real(returns)))
+    values, old_values, returns = _real_values(values, old_values, returns, mask)
     moved = values - old_values
     # Inside the range the values themselves: old + (new - old) differs by rounding, which would count as clipped.
     clipped = jnp.where(
         jnp.abs(moved) > clip_range, old_values + jnp.clip(moved, -clip_range, clip_range), values
     )
     error, clipped_error = jnp.square(values - returns), jnp.square(clipped - returns)
+    metrics = _explained(old_values, returns, mask)
+    metrics["value_clip_fraction"] = masked_mean(clipped_error > error, mask)
+    return 0.5 * masked_mean(jnp.maximum(error, clipped_error), mask), jax.lax.stop_gradient(metrics)
+
+
+def value_loss(values, old_values, returns, mask, kind="clipped", limit=0.2):
+    """The value loss by name.
+
+    Args: as `clipped_value_loss`, and
+      kind: "clipped" as above; "squared": half the squared error; "huber": the same up to an error of `limit`, linear
+        beyond (Huber 1964), so that one return far off does not decide the step.
+      limit: reward units: clip_range of "clipped", the error at which "huber" turns linear; "squared" reads none.
+    Raises: ValueError for another kind.
+    """
+    if kind == "clipped":
+        return clipped_value_loss(values, old_values, returns, mask, limit)
+    if kind not in VALUE_LOSSES:
+        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(VALUE_LOSSES)}.")
+    values, old_values, returns = _real_values(values, old_values, returns, mask)
+    losses = optax.losses.squared_error(values, returns) / 2
+    if kind == "huber":
+        losses = optax.losses.huber_loss(values, returns, delta=limit)
+    return masked_mean(losses, mask), jax.lax.stop_gradient(_explained(old_values, returns, mask))
+
+
+VALUE_LOSSES = ("clipped", "squared", "huber")
+
+
+def _real_values(values, old_values, returns, mask):
+    chex.assert_rank(values, 2)
+    chex.assert_equal_shape([values, old_values, returns, mask])
+    real = lambda x: jnp.where(mask > 0, x.astype(jnp.float32), 0.0)
+    return real(values), *jax.lax.stop_gradient((real(old_values), real(returns)))
+
+
+def _explained(old_values, returns, mask):
     variance = lambda x: masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
     total = variance(returns)
     left = variance(returns - old_values) / jnp.where(total > 0, total, 1.0)
-    metrics = {
-        "explained_variance": jnp.where(total > 0, 1.0 - left, 0.0),
-        "value_clip_fraction": masked_mean(clipped_error > error, mask),
-    }
-    return 0.5 * masked_mean(jnp.maximum(error, clipped_error), mask), jax.lax.stop_gradient(metrics)
+    return {"explained_variance": jnp.where(total > 0, 1.0 - left, 0.0)}

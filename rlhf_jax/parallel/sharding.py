@@ -104,18 +104,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(batch, mesh: Mesh):
-    """Host arrays [B, ...] of a batch onto the mesh, split over B."""
+def put_batch(batch, mesh: Mesh, axis: int = 0):
+    """Host arrays [B, ...] of a batch onto the mesh, split over B; axis: where B stands."""
     axes = dict(RULES)["batch"]
     ways = math.prod(mesh.shape[a] for a in axes)
 
     def put(x):
-        if x.shape[0] % ways:
+        if x.shape[axis] % ways:
             raise InputError(
-                f"a batch of {x.shape[0]} rows cannot be split over {ways} devices (mesh axes {axes}); "
+                f"a batch of {x.shape[axis]} rows cannot be split over {ways} devices (mesh axes {axes}); "
                 f"make the stage's batch_size a multiple of {ways}, or change config.mesh."
             )
-        return jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec(axes)))
+        return jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec(*[None] * axis, axes)))
 
     return jax.tree.map(put, batch)
 

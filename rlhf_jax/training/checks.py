@@ -13,12 +13,12 @@ from rlhf_jax.training.wandb_writer import check_installed
 POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_minibatches", "rollout_epochs", "rank",
             "alpha", "prompt_tokens", "completion_tokens", "num_pairs", "num_completions", "save_every_steps",
             "log_every_steps", "samples_every_steps", "coin_scale", "reward_reference_batches", "keep_latest", "eps",
-            "clip_epsilon", "value_clip", "clip_low", "clip_high", "beta", "discopop_tau", "timeout_seconds",
-            "kl_horizon", "max_kl", "head_multiplier")  # fmt: skip
+            "clip_epsilon", "value_clip", "ptx_batch_size", "clip_low", "clip_high", "beta", "discopop_tau",
+            "timeout_seconds", "kl_horizon", "max_kl", "head_multiplier")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps", "weight_decay",
-                "clip_norm", "value_coeff", "entropy_coeff", "reward_clip", "dual_clip", "ratio_clip", "center_coeff",
-                "eval_every_steps", "held_out_prompts", "held_out_pairs", "vocab_chunk", "min_new_tokens",
-                "num_samples", "keep_best", "layers")  # fmt: skip
+                "clip_norm", "value_coeff", "ptx_coeff", "stop_approx_kl", "clip_epsilon_high", "entropy_coeff",
+                "reward_clip", "dual_clip", "ratio_clip", "center_coeff", "eval_every_steps", "held_out_prompts",
+                "held_out_pairs", "vocab_chunk", "min_new_tokens", "num_samples", "keep_best", "layers")  # fmt: skip
 FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p", "label_smoothing")
 CHOICES = {
     "schedule": ("linear", "cosine", "constant"),

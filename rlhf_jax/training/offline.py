@@ -7,7 +7,7 @@ import functools
 import jax
 import numpy as np
 
-from rlhf_jax.data import batching
+from rlhf_jax.data import batching, formats
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import roles
 from rlhf_jax.parallel import mesh as meshes
@@ -87,6 +87,18 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict)
     (role,) = (state.trained[n] for n in algorithm.trains)
     run.save_role(name, role, {"step": int(state.step)})
     return np.concatenate(scores)[: len(held_out)] if scores else None
+
+
+def examples(run: Run, key: str) -> list[tuple]:
+    """What config.data.KEY names, as encode_groups takes it; for tiny without one, its own corpus."""
+    spec = run.config.data[key]
+    if spec:
+        return [(one.prompt, (one.completion,), one.row) for one in run.records(spec, formats.examples)]
+    if run.config.model.path == "tiny":
+        return [(prompt, (completion,)) for prompt, completion in run.tiny_corpus]
+    raise InputError(
+        f"config.data.{key} is empty; give rows with input_text and output_text (JSONL, hub id, ...)."
+    )
 
 
 def encode_groups(run: Run, groups) -> list[tuple[list[int], list[list[int]]]]:

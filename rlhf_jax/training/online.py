@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.data import batching
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads
 from rlhf_jax.models.roles import Role
@@ -15,6 +16,7 @@ from rlhf_jax.training import state as states
 from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.collect import Collector
 from rlhf_jax.training.loop import StepOutput, train
+from rlhf_jax.training.offline import encode_groups, examples, longest
 from rlhf_jax.training.run import Run, announce, optimizer_of, resumable, settings_of
 from rlhf_jax.training.scoring import Rewards
 from rlhf_jax.training.update import make_update
@@ -40,6 +42,10 @@ def online(run: Run, name: str) -> None:
     data = resumable(run, prompts, section.batch_size, lengths)
 
     updates_a_step = section.rollout_epochs * section.num_minibatches
+    fingerprint, auxiliary, rows_of = data.fingerprint(), None, lambda position: None
+    if algorithm.auxiliary_objective is not None:
+        auxiliary = functools.partial(algorithm.auxiliary_objective, settings, network)
+        rows_of, fingerprint["examples"] = example_stream(run, section, updates_a_step)
     optimizer, schedule = optimizer_of(section, section.steps * updates_a_step)
     update = jax.jit(
         make_update(
@@ -48,6 +54,8 @@ def online(run: Run, name: str) -> None:
             epochs=section.rollout_epochs,
             num_minibatches=section.num_minibatches,
             num_microbatches=section.num_microbatches,
+            auxiliary_objective=auxiliary,
+            stop_kl=section.stop_approx_kl,
         ),
         donate_argnums=0,
     )
@@ -56,7 +64,7 @@ def online(run: Run, name: str) -> None:
     def step(state, position):
         chosen = data.batch(position)
         batch, metrics = collect(state, chosen, jax.random.fold_in(jax.random.fold_in(rng, 2), position))
-        state, update_metrics = update(state, frozen, batch)
+        state, update_metrics = update(state, frozen, batch, rows_of(position))
         metrics |= update_metrics | {"learning_rate": schedule(position * updates_a_step)}
         if algorithm.control is not None:
             controllers = algorithm.control(settings, state.controllers, metrics, batch.weights.size)
@@ -117,7 +125,7 @@ def online(run: Run, name: str) -> None:
             step,
             total_steps=section.steps,
             workdir=run.workdir,
-            fingerprint=data.fingerprint(),
+            fingerprint=fingerprint,
             logging=run.logging(name),
             console=run.console,
             stop=run.stop,
@@ -128,6 +136,21 @@ def online(run: Run, name: str) -> None:
         )
     meta = {k: float(v) for k, v in state.controllers.items()} | {"step": int(state.step)}
     run.save_role(name, state.trained["policy"], meta)
+
+
+def example_stream(run: Run, section, updates_a_step: int):
+    """(position -> examples of that step, [updates, ptx_batch_size, ...]; what identifies them)."""
+    records = encode_groups(run, examples(run, "ptx"))
+    lengths, size = longest(records), section.ptx_batch_size
+    data = resumable(run, records, updates_a_step * size, lengths)
+    cut = lambda x: x.reshape(updates_a_step, size, *x.shape[1:])
+
+    def rows_of(position):
+        prompts, completions = zip(*data.batch(position), strict=True)
+        fixed = dict(prompt_length=lengths[0], completion_length=lengths[1], pad_id=run.tokenizer.pad_id)
+        return run.put(jax.tree.map(cut, batching.group(prompts, completions, **fixed)), axis=1)
+
+    return rows_of, data.fingerprint()["all_records"]
 
 
 def first_value(run: Run, section, rng, reward: Role | None) -> Role:

@@ -13,24 +13,15 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads
 from rlhf_jax.training import preferences
 from rlhf_jax.training.algorithms import ALGORITHMS, preference
-from rlhf_jax.training.offline import encode_groups, offline
+from rlhf_jax.training.offline import encode_groups, examples, offline
 from rlhf_jax.training.online import online
 from rlhf_jax.training.run import Run, held_out
 
 
 def sft(run: Run) -> None:
     """Completion-only cross-entropy; later stages take the result as their base."""
-    section, data = run.config.sft, run.config.data
-    if data.sft:
-        examples = run.records(data.sft, formats.examples)
-        groups = [(example.prompt, (example.completion,), example.row) for example in examples]
-    elif run.config.model.path == "tiny":
-        groups = [(prompt, (completion,)) for prompt, completion in run.tiny_corpus]
-    else:
-        raise InputError(
-            "config.data.sft is empty; give rows with input_text and output_text (JSONL, hub id, ...)."
-        )
-    records = encode_groups(run, groups)
+    section = run.config.sft
+    records = encode_groups(run, examples(run, "sft"))
     trained = {"policy": run.new_role(run.rng("sft"), section.train, run.raw_base)}
     offline(run, "sft", records, [], trained, {"base": None if section.train == "full" else run.raw_base})
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses.ppo import clipped_policy_loss, clipped_value_loss
+from rlhf_jax.losses.ppo import clipped_policy_loss, clipped_value_loss, value_loss
 
 MASK = np.array([[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
 
@@ -127,6 +127,35 @@ def test_value_loss_and_gradient(seed, slope_of):
     value, grad = jax.value_and_grad(ours)(dirty(values))
     np.testing.assert_allclose(value, reference(np.float64(values)), rtol=1e-5)
     np.testing.assert_allclose(grad, slope_of(reference, values), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["squared", "huber"])
+@pytest.mark.parametrize("limit", [0.3, 100.0])
+def test_other_value_losses_and_their_gradients(kind, limit, slope_of):
+    values, old, returns = inputs(3, 5)
+
+    def reference(v):
+        error = np.abs(v - np.float64(returns))
+        losses = 0.5 * error**2
+        if kind == "huber":
+            losses = np.where(error <= limit, losses, limit * (error - 0.5 * limit))
+        return (losses * MASK).sum() / MASK.sum()
+
+    ours = lambda v: value_loss(v, dirty(old), dirty(returns), jnp.array(MASK), kind, limit)
+    (value, metrics), grad = jax.value_and_grad(ours, has_aux=True)(dirty(values))
+    np.testing.assert_allclose(value, reference(np.float64(values)), rtol=1e-5)
+    np.testing.assert_allclose(grad, slope_of(reference, values), atol=1e-6)
+    explained = clipped_value_loss(dirty(values), dirty(old), dirty(returns), jnp.array(MASK))[1]
+    assert metrics["explained_variance"] == explained["explained_variance"]
+
+
+def test_value_losses_go_by_their_names():
+    three = inputs(3, 6)
+    chex.assert_trees_all_equal(
+        value_loss(*three, jnp.array(MASK), "clipped", 0.3), clipped_value_loss(*three, jnp.array(MASK), 0.3)
+    )
+    with pytest.raises(ValueError, match="clipped, squared, huber"):
+        value_loss(*three, jnp.array(MASK), "l1")
 
 
 def test_explained_variance():

@@ -27,6 +27,7 @@ VARIANTS = (
     + [("dpo", dict(tail_weight=0.3)), ("dpo", dict(f_divergence="js")), ("cpo", dict(loss_type="cpo_ipo"))]
     + [("grpo", dict(loss_type=x, entropy_coeff=0.1)) for x in grpo.LOSSES]
     + [("grpo", dict(advantage_scale="batch", kl_coeff=0.0)), ("rloo", dict(ratio_clip=0.2))]
+    + [("ppo", dict(value_loss="huber", clip_epsilon_high=0.4))]
 )
 IDS = [f"{name}-{'-'.join(map(str, changes.values()))}".strip("-") for name, changes in VARIANTS]
 

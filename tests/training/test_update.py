@@ -87,3 +87,64 @@ def test_first_metrics_are_of_the_first_minibatch():
         metrics["first_loss"], objective(state.trained, None, {}, batch, None)[0], rtol=1e-5
     )
     assert float(metrics["loss"]) > 100 * float(metrics["first_loss"])
+
+
+def with_kl(trained, frozen, controllers, batch, rng):
+    """The distance from the first weights in the place of a KL."""
+    loss, (weight, metrics) = objective(trained, frozen, controllers, batch, rng)
+    return loss, (weight, metrics | {"approx_kl": jnp.abs(trained["w"] - frozen).max()})
+
+
+@pytest.mark.parametrize("limit, made", [(0.25, 3), (1e-9, 1), (10.0, 8)])
+def test_updates_stop_where_the_policy_has_gone_too_far(limit, made):
+    """Sign descent moves each weight by 0.1 an update, so the limit says how many are made."""
+    optimizer = optax.sign_sgd(0.1)
+    linear = lambda trained, *rest: (
+        trained["w"].sum(),
+        (1.0, with_kl(trained, *rest)[1][1]),
+    )
+    state, batch = make(optimizer), make_batch()
+    stopping = jax.jit(make_update(linear, optimizer, epochs=4, num_minibatches=2, stop_kl=limit))
+    new, metrics = stopping(state, state.trained["w"], batch)
+    np.testing.assert_allclose(state.trained["w"] - new.trained["w"], 0.1 * made, rtol=1e-5)
+    assert float(metrics["updates"]) == made and float(metrics["skipped_updates"]) == 0
+    # Means are over what was computed: the updates made, and the one that found itself too far.
+    seen = min(made + 1, 8)
+    np.testing.assert_allclose(metrics["approx_kl"], 0.1 * np.arange(seen).mean(), rtol=1e-5)
+
+
+def test_a_limit_that_is_not_reached_changes_nothing():
+    optimizer, batch = optax.adam(1e-2), make_batch()
+    state = make(optimizer)
+    free, _ = jax.jit(make_update(with_kl, optimizer, epochs=3))(state, state.trained["w"], batch)
+    bound, _ = jax.jit(make_update(with_kl, optimizer, epochs=3, stop_kl=1e3))(
+        state, state.trained["w"], batch
+    )
+    np.testing.assert_allclose(free.trained["w"], bound.trained["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_an_auxiliary_objective_adds_its_gradient_on_fresh_rows(microbatches):
+    optimizer, batch = optax.sgd(0.1), make_batch()
+    auxiliary = lambda *args: (
+        3.0 * objective(*args)[0],
+        (args[3]["mask"].sum(), {"aux": objective(*args)[0]}),
+    )
+    rows = [make_batch(4, seed) for seed in (5, 6)]
+    update = jax.jit(
+        make_update(
+            objective, optimizer, epochs=2, num_microbatches=microbatches, auxiliary_objective=auxiliary
+        )
+    )
+    state = make(optimizer)
+    new, metrics = update(state, None, batch, jax.tree.map(lambda *x: jnp.stack(x), *rows))
+    w, losses = state.trained["w"], []
+    for own in rows:
+        total = lambda w, own=own: sum(
+            k * objective({"w": w}, None, {}, b, None)[0] for k, b in ((1.0, batch), (3.0, own))
+        )
+        losses.append(total(w))
+        w = w - 0.1 * jax.grad(total)(w)
+    np.testing.assert_allclose(new.trained["w"], w, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+    assert float(metrics["aux"]) > 0

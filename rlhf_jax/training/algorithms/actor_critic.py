@@ -1,13 +1,12 @@
-"""Rows with a value role: PPO and A2C. One way from a rollout to advantages, two policy losses."""
+"""Rows with a value role: PPO, PPO-ptx and A2C. One way from a rollout to advantages, two policy losses."""
 
 import dataclasses
-
-import jax.numpy as jnp
 
 from rlhf_jax.losses.advantages import gae, shaped_rewards
 from rlhf_jax.losses.masking import masked_mean, masked_whiten
 from rlhf_jax.losses.policy_gradient import policy_gradient_loss
-from rlhf_jax.losses.ppo import clipped_policy_loss, clipped_value_loss
+from rlhf_jax.losses.ppo import VALUE_LOSSES, clipped_policy_loss, value_loss
+from rlhf_jax.losses.supervised import completion_cross_entropy
 from rlhf_jax.models import heads, roles
 from rlhf_jax.training.algorithms.row import Algorithm
 from rlhf_jax.training.algorithms.shared import OnlineSettings, kl_control, scored, sequences, token_mask
@@ -29,8 +28,32 @@ class PPOSettings(A2CSettings):
     """Schulman et al. 2017, arXiv:1707.06347."""
 
     clip_epsilon: float = 0.2
+    clip_epsilon_high: float = 0.0  # half-width above a ratio of 1; 0: clip_epsilon, as below it
     dual_clip: float = 0.0  # cap on the ratio where the advantage is negative; 0: none
-    value_clip: float = 0.2
+    value_loss: str = "clipped"  # around the old values; or squared, huber
+    value_clip: float = 0.2  # reward units; of huber, the error at which it turns linear
+
+    def check(self) -> str | None:
+        if self.value_loss not in VALUE_LOSSES:
+            return f"value_loss is {self.value_loss!r}; expected one of {', '.join(VALUE_LOSSES)}."
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOPtxSettings(PPOSettings):
+    """Ouyang et al. 2022, arXiv:2203.02155, eq. 2: the gradient of a supervised loss, on data of its own, is added."""
+
+    ptx_coeff: float = 27.8  # reward units a nat of the examples' cross-entropy a token
+    ptx_batch_size: int = 16  # examples an update
+    num_microbatches: int = 1
+
+    def check(self) -> str | None:
+        if self.ptx_batch_size % self.num_microbatches:
+            return (
+                f"ptx_batch_size is {self.ptx_batch_size}; expected a multiple of num_microbatches, "
+                f"{self.num_microbatches}."
+            )
+        return super().check()
 
 
 def prepare(settings, network, frozen, controllers, batch):
@@ -57,12 +80,21 @@ def ppo_objective(settings, network, trained, frozen, controllers, batch, rng):
         sequences(batch.old_logprobs),
         sequences(batch.advantages),
         mask,
-        settings.clip_epsilon,
+        (settings.clip_epsilon, settings.clip_epsilon_high or settings.clip_epsilon),
         dual_clip=settings.dual_clip or None,
     )
+    values = (settings.value_loss, settings.value_clip)
     return _with_value(
-        settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, settings.value_clip
+        settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, values
     )
+
+
+def ptx_objective(settings, network, trained, frozen, controllers, batch, rng):
+    """Cross-entropy of the policy on examples that have nothing to do with the rollout."""
+    logprobs, _, _ = network.logprobs(frozen["base"], trained["policy"], batch)
+    mask = token_mask(batch)
+    loss = completion_cross_entropy(sequences(logprobs), mask)
+    return settings.ptx_coeff * loss, (mask.sum(), {"ptx_loss": loss})
 
 
 def a2c_objective(settings, network, trained, frozen, controllers, batch, rng):
@@ -71,23 +103,24 @@ def a2c_objective(settings, network, trained, frozen, controllers, batch, rng):
     policy_loss, metrics = policy_gradient_loss(
         sequences(logprobs), sequences(batch.old_logprobs), sequences(batch.advantages), mask
     )
+    values = ("squared", 0.0)
     return _with_value(
-        settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, jnp.inf
+        settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, values
     )
 
 
-def _with_value(settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, value_clip):
-    """The policy's loss with those of value and entropy."""
+def _with_value(settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, kind):
+    """The policy's loss with those of value (kind: name and limit) and entropy."""
     if not trained["value"].is_head_only:
         states = roles.predicting_states(network.model, frozen["base"], trained["value"], batch)
     values, mask = heads.apply(trained["value"].head, states), token_mask(batch)
-    value_loss, value_metrics = clipped_value_loss(
-        sequences(values), sequences(batch.old_values), sequences(batch.returns), mask, value_clip
+    of_values, value_metrics = value_loss(
+        sequences(values), sequences(batch.old_values), sequences(batch.returns), mask, *kind
     )
     mean_entropy = masked_mean(sequences(entropy), mask)
-    loss = policy_loss + settings.value_coeff * value_loss - settings.entropy_coeff * mean_entropy
+    loss = policy_loss + settings.value_coeff * of_values - settings.entropy_coeff * mean_entropy
     metrics = metrics | value_metrics | {"policy_loss": policy_loss, "entropy": mean_entropy}
-    metrics["value_loss"] = value_loss
+    metrics["value_loss"] = of_values
     # Before the first update the policy is the one that sampled: this is 0 but for rounding, or something is wrong.
     metrics["first_ratio_gap"] = metrics.pop("ratio_max_gap")
     return loss, (mask.sum(), metrics)
@@ -96,4 +129,12 @@ def _with_value(settings, network, trained, frozen, batch, states, entropy, poli
 ROWS = {
     "a2c": Algorithm(A2CSettings, a2c_objective, prepare, kl_control, trains=("policy", "value")),
     "ppo": Algorithm(PPOSettings, ppo_objective, prepare, kl_control, trains=("policy", "value")),
+    "ppo_ptx": Algorithm(
+        PPOPtxSettings,
+        ppo_objective,
+        prepare,
+        kl_control,
+        auxiliary_objective=ptx_objective,
+        trains=("policy", "value"),
+    ),
 }

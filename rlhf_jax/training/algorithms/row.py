@@ -28,6 +28,8 @@ class Algorithm:
     prepare: Callable | None = None
     # (settings, controllers, metrics, num_sequences) -> controllers
     control: Callable | None = None
+    # as `objective`, on a batch of supervised examples; its gradient is added
+    auxiliary_objective: Callable | None = None
     trains: tuple[str, ...] = ("policy",)
     controllers: tuple[str, ...] = ()  # of its own beside those of every online row; they start at 0
 
