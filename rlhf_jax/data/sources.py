@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator
 from rlhf_jax.data.strict_json import decode_at, kind_of, parse_json, unusable
 from rlhf_jax.errors import InputError
 
-OPENINGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "openings.jsonl")
+HERE = os.path.dirname(os.path.abspath(__file__))
+PACKAGED = {name: os.path.join(HERE, f"{name}.jsonl") for name in ("openings", "arithmetic")}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
 MAX_CSV_VALUE = 2**24  # characters; the module's own limit, 131072, is less than a long document
@@ -77,7 +78,7 @@ def read_rows(
       spec: a path or a glob (** reaches into folders) of .jsonl, .json, .csv or .parquet files (.gz may
         follow .jsonl and .json), several separated by commas; `org/name` or `org/name:config` for a Hugging
         Face data set; `tfds:name` for TensorFlow Datasets, or `tfds:/folder` for one already prepared as
-        array_record.
+        array_record; `packaged:name` for a file of the package.
       split: of a Hugging Face or TFDS data set; files have none.
       limit: stop after so many good rows.
       max_bad_records: the fraction of unreadable records to put up with; more is an InputError.
@@ -103,12 +104,19 @@ def read_rows(
 
 def openings() -> list[Row]:
     """The packaged prompts: openings of reviews and everyday sentences, in an order without meaning."""
-    return read_rows(OPENINGS)
+    return read_rows("packaged:openings")
 
 
 def _records(spec: str, split: str) -> Iterator[Row | BadRecord]:
     if spec.startswith("tfds:"):
         yield from _tfds(spec, split)
+    elif spec.startswith("packaged:"):
+        name = spec.removeprefix("packaged:")
+        if name not in PACKAGED:
+            raise InputError(
+                f"{spec}: there is no such packaged file; expected one of {', '.join(PACKAGED)}."
+            )
+        yield from _file(PACKAGED[name])
     elif (hub := HUB_NAME.fullmatch(spec)) and not spec.endswith(SUFFIXES) and not os.path.exists(spec):
         yield from _hub(spec, hub["path"], hub["config"], split)
     else:

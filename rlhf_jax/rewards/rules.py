@@ -75,7 +75,9 @@ def regex(pattern: str, match: str = "anywhere"):
     return score
 
 
-def exact_match(ignore_case: bool = True, ignore_space: bool = True, after: str = ""):
+def exact_match(
+    ignore_case: bool = True, ignore_space: bool = True, after: str = "", first_line: bool = False
+):
     """1 where the completion is the record's `answer`, else 0.
 
     Args:
@@ -83,6 +85,7 @@ def exact_match(ignore_case: bool = True, ignore_space: bool = True, after: str 
       ignore_space: runs of white space count as one space, and as nothing at either end.
       after: if given, only what follows its last occurrence is compared ("####", say), in completion and answer
         alike; a completion without it gets 0, an answer without it counts as a whole.
+      first_line: of the completion, only its first line with anything in it is compared.
     """
 
     def normal(text):
@@ -93,6 +96,8 @@ def exact_match(ignore_case: bool = True, ignore_space: bool = True, after: str 
         return [one(text, _answer_text(right)) for text, right in zip(completions, answer, strict=True)]
 
     def one(text, right):
+        if first_line:
+            text = next(iter(text.strip().splitlines()), "")
         if not after:
             return float(normal(text) == normal(right))
         _, found, text = text.rpartition(after)

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -271,3 +272,13 @@ def test_openings():
     assert all(3 <= len(text.split()) <= 9 and text[-1].isalnum() and text[0].isalnum() for text in texts)
     firsts = [text.split()[0] for text in texts]
     assert len(set(firsts)) > 150 and max(map(firsts.count, set(firsts))) < 48
+
+
+def test_packaged_files_are_read_by_name_and_their_sums_are_right():
+    rows = sources.read_rows("packaged:arithmetic")
+    for row in rows:
+        a, b = map(int, re.search(r"(\d+) \+ (\d+) =$", row.fields["prompt"]).groups())
+        assert row.fields["answer"] == a + b
+    assert len({row.fields["prompt"] for row in rows}) == len(rows) == 1000
+    with pytest.raises(InputError, match="packaged:sums.*openings, arithmetic"):
+        sources.read_rows("packaged:sums")

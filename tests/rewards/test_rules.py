@@ -53,6 +53,12 @@ def test_exact_match_normalises_what_it_is_told_to():
     assert rules.exact_match(ignore_space=False)(prompts, texts, answer=answers) == [0, 1, 0, 1, 0]
 
 
+def test_exact_match_of_the_first_line():
+    score = rules.exact_match(first_line=True)
+    texts = ["7\nand more", "\n 7", "8\n7", "", "7 8"]
+    assert score([""] * 5, texts, answer=[7] * 5) == [1, 1, 0, 0, 0]
+
+
 def test_exact_match_after_a_mark():
     texts = ["6 * 7 #### 42", "#### 41 no #### 42", "42", "#### 42 or so"]
     score = rules.exact_match(after="####")
