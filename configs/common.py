@@ -53,6 +53,8 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         coin_scale=5.0,  # P(the first is chosen) = sigmoid(coin_scale * difference in gold)
     )
     config.sft = stage(steps=60, batch_size=16, learning_rate=1e-4)
+    # Length in tokens of the rows into which examples are packed; batch_size then counts rows. 0: no packing.
+    config.sft.packed_tokens = 0
     config.reward_model = stage(steps=64, batch_size=8, learning_rate=3e-4)
     config.reward_model.update(
         loss="logsigmoid",  # or logexp

@@ -23,6 +23,9 @@ class GroupedBatch:
     old_values: jax.Array | None = None  # [B, G, R] float32, reward units, when sampled
     advantages: jax.Array | None = None  # [B, G, R] float32, reward units (whitened where the algorithm says)
     returns: jax.Array | None = None  # [B, G, R] float32, reward units
+    # [B, G, R] int32, of packed rows alone, in which a completion is several examples, one after the other: the number
+    # of a token's example, 0 in the padding. Tokens read their own example; completion_mask is 1 on what is learned.
+    segments: jax.Array | None = None
 
 
 @flax.struct.dataclass

@@ -2,6 +2,7 @@
 
 Lives here: sources.py and strict_json.py (files and data sets to rows, bad lines named), formats.py (rows to
 prompts, pairs, examples), tokenization.py (text to ids and back), batching.py (ids to a GroupedBatch, the
-order of records, resuming), two *.jsonl (packaged prompts), tiny_corpus.py (text for a tiny model).
+order of records, resuming), packing.py (examples joined into rows of one length), two *.jsonl (packaged
+prompts), tiny_corpus.py (text for a tiny model).
 May import: types, errors, models, parallel.
 Never: samples, scores, trains, guesses what a bad record meant."""

@@ -42,7 +42,7 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt with the completion to imitate."""
+    """A prompt with the completion to imitate. An empty prompt: plain text, all of it to be learned."""
 
     prompt: str | Messages
     completion: str
@@ -185,6 +185,7 @@ PAIR_FORMATS = (
 EXAMPLE_FORMATS = (
     Format("Vertex examples", ("input_text", "output_text"), _example_of("input_text", "output_text")),
     Format("completions", ("prompt", "completion"), _example_of("prompt", "completion")),
+    Format("texts", ("text",), lambda row: Example("", _text(row, "text"), row)),
 )
 
 
@@ -203,13 +204,16 @@ def pairs(rows: Sequence[Row], *, instruction: str = "", max_bad_records: float 
 
 
 def examples(rows: Sequence[Row], *, instruction: str = "", max_bad_records: float = 0.0) -> list[Example]:
-    """Examples from `input_text`, `output_text` or `prompt`, `completion`. Arguments: see `_records`."""
+    """Examples from `input_text`, `output_text` or `prompt`, `completion`, or plain `text`. See `_records`."""
     return _records(rows, EXAMPLE_FORMATS, "prompt", instruction, max_bad_records)
 
 
 def instructed(instruction: str, prompt: str | Messages) -> str | Messages:
-    """`instruction`, three line ends, then the prompt; in a conversation, the first message of the user."""
-    if not instruction:
+    """`instruction`, three line ends, then the prompt; in a conversation, the first message of the user.
+
+    Plain text, which has no prompt, gets none.
+    """
+    if not instruction or not prompt:
         return prompt
     if isinstance(prompt, str):
         return instruction + INSTRUCTION_SEPARATOR + prompt

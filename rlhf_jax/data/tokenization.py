@@ -91,6 +91,10 @@ class TextTokenizer:
         self.counts["truncated_completions"] += 1
         return ids[:max_tokens]
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a whole text: BOS if this tokenizer adds one, the text, EOS."""
+        return [*self.prefix_ids, *self._plain(text, start=True), self.eos_ids[0]]
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of a whole sequence, prompt included."""
         return self._backend(True).decode([int(i) for i in ids], skip_special_tokens=skip_special)

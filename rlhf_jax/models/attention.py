@@ -20,6 +20,7 @@ class GroupContext:
 
     prompt_mask: jax.Array  # [B, P]
     completion_mask: jax.Array | None = None  # [B, G, R]
+    segments: jax.Array | None = None  # [B, G, R] of packed completions: instead of completion_mask
 
 
 @flax.struct.dataclass
@@ -55,7 +56,8 @@ def rotate(x_BSHC, tables):
 
 
 def group_attention(q_BSHC, k_BSKC, v_BSKC, context: GroupContext):
-    """Every prompt token reads the prompt before it; every completion token also its own completion before it.
+    """Every prompt token reads the prompt before it; every completion token also its own completion before it,
+    or of a packed completion its own segment before it.
 
     Returns [B, S, H, C]. The same as G independent rows of prompt + completion, the prompt's work done once.
     """
@@ -77,9 +79,11 @@ def group_attention(q_BSHC, k_BSKC, v_BSKC, context: GroupContext):
     scores = jnp.concatenate(
         [_scores("bgrkmc,bpkc->bgkmrp", q_own, k_prompt), _scores("bgrkmc,bgskc->bgkmrs", q_own, k_own)], -1
     )
-    before = jnp.tri(R, dtype=bool)[None, None, None, None] & (
-        context.completion_mask[:, :, None, None, None, :] > 0
-    )
+    if context.segments is None:
+        own = context.completion_mask[:, :, None, None, None, :] > 0
+    else:  # padding is a segment too, which nothing else reads
+        own = context.segments[:, :, None, None, :, None] == context.segments[:, :, None, None, None, :]
+    before = jnp.tri(R, dtype=bool)[None, None, None, None] & own
     allowed = jnp.concatenate(
         [
             jnp.broadcast_to(readable[:, None], (B, G, 1, 1, R, P)),

@@ -146,13 +146,20 @@ class Llama(nn.Module):
         """[B, T, D] after the final norm."""
         return self._run(token_ids, _positions(attention_mask), GroupContext(attention_mask), adapters)[0]
 
-    def group(self, prompt_ids, prompt_mask, completion_ids, completion_mask, adapters=None):
-        """(prompt [B, P, D], completions [B, G, R, D]) after the final norm; each prompt is computed once."""
+    def group(self, prompt_ids, prompt_mask, completion_ids, completion_mask, adapters=None, segments=None):
+        """(prompt [B, P, D], completions [B, G, R, D]) after the final norm; each prompt is computed once.
+
+        segments: [B, G, R] int32 or None; completions in which several stand one after the other, each a run of one
+          number. A token reads the prompt and its own segment; positions start again with each.
+        """
         B, G, R = completion_ids.shape
-        after = prompt_mask.sum(-1)[:, None] + jnp.tile(jnp.arange(R), G)[None]
+        own = (
+            jnp.tile(jnp.arange(R), G)[None] if segments is None else _restarting(segments).reshape(B, G * R)
+        )
+        after = prompt_mask.sum(-1)[:, None] + own
         positions = jnp.concatenate([_positions(prompt_mask), after.astype(jnp.int32)], axis=1)
         ids = jnp.concatenate([prompt_ids, completion_ids.reshape(B, G * R)], axis=1)
-        x, _ = self._run(ids, positions, GroupContext(prompt_mask, completion_mask), adapters)
+        x, _ = self._run(ids, positions, GroupContext(prompt_mask, completion_mask, segments), adapters)
         P = prompt_ids.shape[1]
         return x[:, :P], x[:, P:].reshape(B, G, R, x.shape[-1])
 
@@ -225,6 +232,15 @@ def _last(weights, x):
 
 def _positions(mask):
     return jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0).astype(jnp.int32)
+
+
+def _restarting(segments):
+    """[..., R]: how many tokens before this one the run of its number began."""
+    index = jnp.zeros_like(segments) + jnp.arange(segments.shape[-1]).reshape(
+        (1,) * (segments.ndim - 1) + (-1,)
+    )
+    begins = jnp.diff(segments, axis=-1, prepend=segments[..., :1] - 1) != 0
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=segments.ndim - 1)
 
 
 def _contract(x, kernel, n):

@@ -45,6 +45,7 @@ def states(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
         batch.completion_ids,
         batch.completion_mask,
         role.adapter,
+        batch.segments,
         method=Llama.group,
     )
     first = last_state(prompt, batch.prompt_mask)[:, None, None]
@@ -54,10 +55,9 @@ def states(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
 
 def predicting_states(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
     """[B, G, R, D]: the states that predict each completion token. Nothing reads the last token's own state."""
-    shorter = batch.replace(
-        completion_ids=batch.completion_ids[..., :-1], completion_mask=batch.completion_mask[..., :-1]
-    )
-    return states(model, frozen_base, role, shorter)
+    names = ("completion_ids", "completion_mask", "segments")
+    shorter = {name: x[..., :-1] for name in names if (x := getattr(batch, name)) is not None}
+    return states(model, frozen_base, role, batch.replace(**shorter))
 
 
 def scores(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):

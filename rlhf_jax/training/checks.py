@@ -18,7 +18,8 @@ POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_min
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps", "weight_decay",
                 "clip_norm", "value_coeff", "ptx_coeff", "stop_approx_kl", "clip_epsilon_high", "entropy_coeff",
                 "reward_clip", "dual_clip", "ratio_clip", "center_coeff", "eval_every_steps", "held_out_prompts",
-                "held_out_pairs", "vocab_chunk", "min_new_tokens", "num_samples", "keep_best", "layers")  # fmt: skip
+                "held_out_pairs", "vocab_chunk", "min_new_tokens", "num_samples", "keep_best", "layers",
+                "packed_tokens")  # fmt: skip
 FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p", "label_smoothing")
 CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
@@ -50,6 +51,13 @@ def check_config(config, known_stages) -> None:
         raise InputError(
             f"config.sampling.min_new_tokens is {config.sampling.min_new_tokens}, more than "
             f"config.data.completion_tokens {config.data.completion_tokens}."
+        )
+    longest = config.data.prompt_tokens + config.data.completion_tokens + 1
+    if "sft" in config.stages and 0 < config.sft.packed_tokens < longest:
+        raise InputError(
+            f"config.sft.packed_tokens is {config.sft.packed_tokens}; expected 0 (no packing), or a row that holds the "
+            f"longest example: config.data.prompt_tokens {config.data.prompt_tokens} + completion_tokens "
+            f"{config.data.completion_tokens} + 1, {longest} or more."
         )
     if not 0 <= config.seed < 2**63:
         raise InputError(f"config.seed is {config.seed}; expected 0 or more, below 2**63.")

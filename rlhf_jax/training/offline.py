@@ -7,7 +7,7 @@ import functools
 import jax
 import numpy as np
 
-from rlhf_jax.data import batching, formats
+from rlhf_jax.data import batching, formats, packing
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import roles
 from rlhf_jax.parallel import mesh as meshes
@@ -18,27 +18,54 @@ from rlhf_jax.training.run import Run, all_dropped, announce, optimizer_of, resu
 from rlhf_jax.training.update import make_update
 
 
-def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict):
-    """Train on (prompt ids, completions' ids) groups. Returns held-out scores [N, G], if a reward is trained."""
+def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict, packed_tokens: int = 0):
+    """Train on (prompt ids, completions' ids) groups. Returns held-out scores [N, G], if a reward is trained.
+
+    packed_tokens: 0, or the length of the rows into which groups of one completion are packed; a batch then holds
+      `batch_size` rows.
+    """
     section, algorithm = run.config[name], ALGORITHMS[name]
     network, settings = run.network(), settings_of(name, section)
     objective = functools.partial(algorithm.objective, settings, network)
-    lengths = longest([*records, *held_out])
+    what = f"{len(records)} records"
+    if packed_tokens:
+        lengths = (0, packed_tokens)
+        records, held_out = (packing.pack(groups, packed_tokens) for groups in (records, held_out))
+        full = packing.fill_fraction(records, packed_tokens)
+        what += f" in {len(records)} rows of {packed_tokens} tokens, {full:.1%} full"
+    else:
+        lengths = longest([*records, *held_out])
     data = resumable(run, records, section.batch_size, lengths)
-    group = functools.partial(
-        batching.group, prompt_length=lengths[0], completion_length=lengths[1], pad_id=run.tokenizer.pad_id
-    )
+
+    def make_batch(chosen, batch_size=None):
+        if packed_tokens:
+            return packing.batch(
+                chosen, row_tokens=packed_tokens, pad_id=run.tokenizer.pad_id, batch_size=batch_size
+            )
+        return batching.group(
+            [prompt for prompt, _ in chosen],
+            [completions for _, completions in chosen],
+            prompt_length=lengths[0],
+            completion_length=lengths[1],
+            pad_id=run.tokenizer.pad_id,
+            batch_size=batch_size,
+        )
+
     optimizer, schedule = optimizer_of(section, section.steps)
     update = jax.jit(
         make_update(objective, optimizer, num_microbatches=section.num_microbatches), donate_argnums=0
     )
 
     def step(state, position):
-        chosen = data.batch(position)
-        batch = group([prompt for prompt, _ in chosen], [completions for _, completions in chosen])
+        batch = make_batch(data.batch(position))
         state, metrics = update(state, frozen, run.put(batch))
-        tokens = float(batch.prompt_mask.sum() + batch.completion_mask.sum())
-        return state, StepOutput(metrics | {"tokens": tokens, "learning_rate": schedule(position)})
+        metrics = metrics | {"learning_rate": schedule(position)}
+        if packed_tokens:
+            metrics["tokens"] = float((batch.segments > 0).sum())
+            metrics["fill_fraction"] = metrics["tokens"] / batch.segments.size
+        else:
+            metrics["tokens"] = float(batch.prompt_mask.sum() + batch.completion_mask.sum())
+        return state, StepOutput(metrics)
 
     @jax.jit
     def measure(trained, frozen, batch):
@@ -51,10 +78,7 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict)
     def held_out_pass(state):
         parts = []
         for i in range(0, len(held_out), section.batch_size):
-            chosen = held_out[i : i + section.batch_size]
-            batch = group(
-                [prompt for prompt, _ in chosen], [c for _, c in chosen], batch_size=section.batch_size
-            )
+            batch = make_batch(held_out[i : i + section.batch_size], section.batch_size)
             parts.append(jax.device_get(measure(state.trained, frozen, run.put(batch))))
         return parts
 
@@ -68,7 +92,7 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict)
 
     with meshes.activate(run.mesh):
         state = states.create(trained, optimizer, run.rng(name), {}, run.model.config, run.mesh)
-        announce(run, name, trained, f"{len(records)} records, {section.batch_size} a step")
+        announce(run, name, trained, f"{what}, {section.batch_size} a step")
         state = train(
             name,
             state,
@@ -97,14 +121,22 @@ def examples(run: Run, key: str) -> list[tuple]:
     if run.config.model.path == "tiny":
         return [(prompt, (completion,)) for prompt, completion in run.tiny_corpus]
     raise InputError(
-        f"config.data.{key} is empty; give rows with input_text and output_text (JSONL, hub id, ...)."
+        f"config.data.{key} is empty; give rows with input_text and output_text, or text (JSONL, hub id, ...)."
     )
 
 
-def encode_groups(run: Run, groups) -> list[tuple[list[int], list[list[int]]]]:
-    """(prompt, completions as text, row or nothing) -> (prompt ids, ids of each completion, ended by an end token)."""
+def encode_groups(run: Run, groups, packed_tokens: int = 0) -> list[tuple[list[int], list[list[int]]]]:
+    """(prompt, completions as text, row or nothing) -> (prompt ids, ids of each completion, ended by an end token).
+
+    A single completion of an empty prompt is plain text: it is cut into pieces that fill a row of `packed_tokens`, or
+    (0) a prompt of one token and the longest completion.
+    """
     data, encoded = run.config.data, []
     for prompt, completions, *row in groups:
+        if prompt == "":
+            ids = run.tokenizer.encode_text(*completions)
+            encoded += packing.pieces(ids, packed_tokens or data.completion_tokens + 2)
+            continue
         ids = run.encode_prompt(prompt, *row)
         if ids is not None:
             encoded.append(

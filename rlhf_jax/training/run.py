@@ -93,6 +93,11 @@ class Run:
                 f"config.data.prompt_tokens {self.config.data.prompt_tokens} + completion_tokens "
                 f"{self.config.data.completion_tokens} + 1 is more than the model's context of {config.max_position}."
             )
+        if "sft" in self.config.stages and self.config.sft.packed_tokens > config.max_position:
+            raise InputError(
+                f"config.sft.packed_tokens is {self.config.sft.packed_tokens}, more than the model's context of "
+                f"{config.max_position}; lower it."
+            )
         return config, params
 
     @functools.cached_property

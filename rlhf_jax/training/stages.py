@@ -21,9 +21,10 @@ from rlhf_jax.training.run import Run, held_out
 def sft(run: Run) -> None:
     """Completion-only cross-entropy; later stages take the result as their base."""
     section = run.config.sft
-    records = encode_groups(run, examples(run, "sft"))
+    records = encode_groups(run, examples(run, "sft"), section.packed_tokens)
     trained = {"policy": run.new_role(run.rng("sft"), section.train, run.raw_base)}
-    offline(run, "sft", records, [], trained, {"base": None if section.train == "full" else run.raw_base})
+    frozen = {"base": None if section.train == "full" else run.raw_base}
+    offline(run, "sft", records, [], trained, frozen, section.packed_tokens)
 
 
 def reward_model(run: Run, evaluator: Callable | None = None) -> None:

@@ -105,6 +105,17 @@ def test_prompts_and_examples():
     assert (example.prompt, example.completion) == (CHAT, "Hello")
 
 
+def test_plain_texts():
+    (example,) = formats.examples(rows({"text": " as it is\n", "title": "x"}), instruction="Sum up.")
+    assert (example.prompt, example.completion) == ("", " as it is\n")  # an instruction belongs to a prompt
+    (example,) = formats.examples(rows({"text": "x", "prompt": "a", "completion": "b"}))
+    assert (example.prompt, example.completion) == ("a", "b")
+    assert refused(formats.examples, {"text": "x"}, {"text": 3}).startswith(
+        "p.jsonl, line 2: 'text' is 3; expected"
+    )
+    assert "prompt, completion; text" in refused(formats.examples, {"question": "a"})
+
+
 @pytest.mark.parametrize(
     "prompt, reason",
     [

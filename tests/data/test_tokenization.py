@@ -95,6 +95,12 @@ def test_prompt_and_completion_join_without_a_seam(tokenizer, prompt, completion
     assert tokenizer.decode_completion(tail) == completion
 
 
+def test_a_whole_text_is_a_prompt_that_ends(tokenizer):
+    text = "The film  was good. </s>"
+    assert tokenizer.encode_text(text) == [*tokenizer.encode_prompt(text), 2]
+    assert tokenization.wrap(trained(byte_level, bos=False)).encode_text("The")[0] != 1
+
+
 def test_the_trap_is_real():
     """A plain encode of a completion puts a space before it: what `encode_completion` is there to avoid."""
     fast = trained(metaspace)
