@@ -14,7 +14,7 @@ from ml_collections.config_dict import ConfigDict
 from experiments import cli, evaluate, export, pipeline
 from experiments import run as run_command
 from rlhf_jax.errors import InputError, Interrupted, NumericsError
-from rlhf_jax.training import loop, offline, online
+from rlhf_jax.training import loop, online
 from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.metrics import read_metrics
 
@@ -345,51 +345,3 @@ def test_a_policy_is_tuned_on_functions_without_a_reward_model(finished, tmp_pat
     summary = json.loads((workdir / "evaluation.json").read_text())["summary"]
     assert math.isfinite(summary["tuned/reward"]) and "tuned/gold_reward" not in summary
     assert "true reward" not in capsys.readouterr().out
-
-
-def test_packed_sft_resumes_with_the_same_bits(finished, tmp_path, monkeypatch, capsys):
-    """Prompts with completions and a long plain text in one stage; stopped after each of three steps."""
-    long, asked = tmp_path / "texts.jsonl", tmp_path / "asked.jsonl"
-    long.write_text(json.dumps({"text": "The film was good and the food was not. " * 40}) + "\n")
-    rows = [{"prompt": "The film" + " was" * n, "completion": " good" * n} for n in range(1, 12)]
-    asked.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
-    changes = ("sft.packed_tokens=48", "sft.batch_size=8", "sft.steps=3", "logging.save_every_steps=1")
-    changes += (f"data.sft={long},{asked}", "sft.train=lora")
-    real = offline.train
-
-    def stopping(*args, **kwargs):
-        def step(state, position):
-            kwargs["stop"].requested = True
-            return args[2](state, position)
-
-        return real(args[0], args[1], step, **kwargs)
-
-    for name in ("whole", "broken"):
-        (tmp_path / name).mkdir()
-        shutil.copytree(finished / "base", tmp_path / name / "base")
-    run_small(tmp_path / "whole", *changes, config="sft")
-    assert "tokens, 9" in capsys.readouterr().out  # "... rows of 48 tokens, 9x% full"
-    monkeypatch.setattr(offline, "train", stopping)
-    for _ in range(2):
-        with pytest.raises(Interrupted, match="Run the same command"):
-            run_small(tmp_path / "broken", *changes, config="sft")
-    monkeypatch.undo()
-    run_small(tmp_path / "broken", *changes, config="sft")
-    whole, broken = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken"))
-    for a, b in zip(whole, broken, strict=True):
-        assert {k: v for k, v in a.items() if k not in CLOCK} == {
-            k: v for k, v in b.items() if k not in CLOCK
-        }
-        assert 0.6 < a["fill_fraction"] <= 1 and math.isfinite(a["loss"])
-    assert [m["step"] for m in broken] == [1, 2, 3] and broken[2]["loss"] < broken[0]["loss"]
-    one, other = (role_tensors(tmp_path / name, "sft") for name in ("whole", "broken"))
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-
-
-@pytest.mark.parametrize(
-    "tokens, message", [(20, "data.completion_tokens|16 . completion_tokens"), (999999, "context")]
-)
-def test_rows_that_are_too_short_or_longer_than_the_context(tmp_path, tokens, message):
-    with pytest.raises(InputError, match=f"config.sft.packed_tokens is {tokens}.*({message})"):
-        run_small(tmp_path / "run", f"sft.packed_tokens={tokens}", config="sft")
