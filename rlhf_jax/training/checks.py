@@ -52,13 +52,6 @@ def check_config(config, known_stages) -> None:
             f"config.sampling.min_new_tokens is {config.sampling.min_new_tokens}, more than "
             f"config.data.completion_tokens {config.data.completion_tokens}."
         )
-    longest = config.data.prompt_tokens + config.data.completion_tokens + 1
-    if "sft" in config.stages and 0 < config.sft.packed_tokens < longest:
-        raise InputError(
-            f"config.sft.packed_tokens is {config.sft.packed_tokens}; expected 0 (no packing), or a row that holds the "
-            f"longest example: config.data.prompt_tokens {config.data.prompt_tokens} + completion_tokens "
-            f"{config.data.completion_tokens} + 1, {longest} or more."
-        )
     if not 0 <= config.seed < 2**63:
         raise InputError(f"config.seed is {config.seed}; expected 0 or more, below 2**63.")
     if config.logging.wandb_project:
@@ -73,6 +66,13 @@ def check_config(config, known_stages) -> None:
             if name not in config:
                 raise InputError(f"config.stages has {name!r}, of which this config has no section.")
             _check_stage(name, config[name])
+    longest = config.data.prompt_tokens + config.data.completion_tokens + 1
+    if "sft" in config.stages and 0 < config.sft.packed_tokens < longest:
+        raise InputError(
+            f"config.sft.packed_tokens is {config.sft.packed_tokens}; expected 0 (no packing), or a row that holds the "
+            f"longest example: config.data.prompt_tokens {config.data.prompt_tokens} + completion_tokens "
+            f"{config.data.completion_tokens} + 1, {longest} or more."
+        )
     if config.data.preferences and "preferences" in config.stages:
         raise InputError(
             "config.data.preferences is given and config.stages has 'preferences'; leave one of them out."

@@ -77,7 +77,7 @@ def test_packed_sft_resumes_with_the_same_bits(sft, monkeypatch, capsys):
 
 
 def test_texts_are_cut_to_rows_or_to_the_longest_completion_and_nothing_is_lost(base, tmp_path):
-    config = cli.load_config("configs/sft.py:tiny", [f"--config.model.path={base}"])
+    config = cli.load_config("configs/sft.py:tiny", [f"model.path={base}"])
     run = Run(config, str(tmp_path), None, None)
     groups = [("The film", (" was good",)), ("", (TEXT * 30,))]
     for packed_tokens, longest in ((0, config.data.completion_tokens + 1), (48, 47)):
