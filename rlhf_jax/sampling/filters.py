@@ -2,6 +2,8 @@
 
 Rows are independent: a row's token depends on its own logits and key alone."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -9,11 +11,12 @@ NEVER = -jnp.inf
 CHUNK = 256  # vocabulary entries a leaf of the two-level draw
 
 
-def restrict(logits, *, top_k: int = 0, top_p: float = 1.0):
+def restrict(logits, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0):
     """[N, V] logits, at the sampling temperature, with what may not be sampled at -inf.
 
-    top_k: keep the k largest (0: all). top_p: of those, the smallest set of at least this probability (1: all);
-    the most probable token always stays. Ties with the last one kept stay too.
+    top_k: keep the k largest (0: all). top_p: of those, the smallest set of at least this probability (1: all).
+    min_p: keep what has at least this fraction of the largest probability (0: all; Nguyen et al. 2024,
+    arXiv:2407.01082). The most probable token always stays. Ties with the last one kept stay too.
     """
     if top_k and top_k < logits.shape[-1]:
         kept = jax.lax.top_k(logits, top_k)[0][:, -1:]
@@ -24,7 +27,27 @@ def restrict(logits, *, top_k: int = 0, top_p: float = 1.0):
         inside = jnp.cumsum(share, axis=-1) - share < top_p  # the mass before this token
         least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < least, NEVER, logits)
+    if min_p > 0.0:
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        logits = jnp.where(logits < largest + math.log(min_p), NEVER, logits)
     return logits
+
+
+def penalise(logits, seen, penalty: float):
+    """[N, V] logits, before the temperature, with those of tokens `seen` [N, V] over the penalty, or times it where
+    they are negative: below as they were, if the penalty is above 1. Keskar et al. 2019, arXiv:1909.05858, with the
+    sign rule of transformers."""
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def within(logits, vocab_size: int | None):
+    """[N, V] with the columns from `vocab_size` on, which pad the embedding, at -inf.
+
+    Of what is chosen alone, as all filters: trainer and reference normalise over every column.
+    """
+    if vocab_size is None or vocab_size >= logits.shape[-1]:
+        return logits
+    return jnp.where((jnp.arange(logits.shape[-1]) >= vocab_size)[None], NEVER, logits)
 
 
 def forbid(logits, token_ids: tuple[int, ...], when):

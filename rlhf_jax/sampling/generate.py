@@ -26,6 +26,8 @@ class SamplingConfig:
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0: the whole vocabulary
     top_p: float = 1.0
+    min_p: float = 0.0  # of the largest probability, that a token needs; 0: none
+    repetition_penalty: float = 1.0  # of tokens that the prompt or the completion has; 1: none
     num_completions: int = 1
     eos_ids: tuple[int, ...] = ()
     min_new_tokens: int = 0  # no end token before so many others
@@ -39,6 +41,8 @@ class SamplingConfig:
             "temperature must be 0 (greedy) or more": 0 <= self.temperature < float("inf"),
             "top_k must be 0 (off) or more": self.top_k >= 0,
             "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
+            "min_p must be between 0 and 1": 0 <= self.min_p <= 1,
+            "repetition_penalty must be above 0": 0 < self.repetition_penalty < float("inf"),
             "num_completions must be at least 1": self.num_completions >= 1,
             "min_new_tokens must be between 0 and max_new_tokens": 0
             <= self.min_new_tokens
@@ -62,7 +66,7 @@ def generate(
       sampling_config: SamplingConfig, static.
       head: {"kernel": [D], "bias": []} to read at each state, or None.
     Returns: Completions. logprobs are in nats at the temperature (at 1 when greedy), over the whole vocabulary: a
-      top-k or top-p filter changes what is drawn, not what is reported.
+      filter or penalty changes what is drawn, not what is reported.
     """
     c = sampling_config
     B, G, R = prompt_ids.shape[0], c.num_completions, c.max_new_tokens
@@ -74,47 +78,49 @@ def generate(
     names = ("layers", "batch", None, "kv_heads", None, None)
     cache = tuple(nn.with_logical_constraint(x, names) for x in empty_cache(model.config, B, G, R))
 
-    def choose(hidden, step):
+    def choose(hidden, step, seen):
         logits = apply(hidden.reshape(B * G, -1), method=Llama.logits).astype(jnp.float32)
         scaled = allowed = logits / (c.temperature or 1.0)
-        if c.vocab_size is not None and c.vocab_size < logits.shape[-1]:
-            # Of what is drawn alone, as all filters: trainer and reference normalise over every row too.
-            padding = (jnp.arange(logits.shape[-1]) >= c.vocab_size)[None]
-            allowed = jnp.where(padding, filters.NEVER, allowed)
+        if seen is not None:
+            allowed = filters.penalise(logits, seen, c.repetition_penalty) / (c.temperature or 1.0)
+        allowed = filters.within(allowed, c.vocab_size)
         if c.min_new_tokens:
             allowed = filters.forbid(allowed, c.eos_ids, step < c.min_new_tokens)
         if c.temperature == 0:
             tokens = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
         else:
-            allowed = filters.restrict(allowed, top_k=c.top_k, top_p=c.top_p)
+            allowed = filters.restrict(allowed, top_k=c.top_k, top_p=c.top_p, min_p=c.min_p)
             tokens = filters.draw(allowed, jax.vmap(lambda key: jax.random.fold_in(key, step))(keys))
         chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
         logprobs = chosen - jax.nn.logsumexp(scaled, axis=-1)
         values = None if head is None else heads.apply(head, hidden)
         return tokens.reshape(B, G), logprobs.reshape(B, G), values
 
-    def record(made, step, hidden):
+    def record(made, step, hidden, seen):
         """Write the step's tokens into the columns; rows that ended before write pad and mask 0."""
-        tokens, logprobs, values = choose(hidden, step)
+        tokens, logprobs, values = choose(hidden, step, seen)
+        if seen is not None:
+            seen = seen.at[jnp.arange(B * G), tokens.ravel()].set(True)
         live = ~made.finished
         tokens = jnp.where(live, tokens, c.pad_id)
         put = lambda whole, new: jax.lax.dynamic_update_index_in_dim(whole, new.astype(whole.dtype), step, 2)
         ended = jnp.any(tokens[..., None] == jnp.array(c.eos_ids, jnp.int32)[None, None], axis=-1)
-        return tokens, Completions(
+        made = Completions(
             ids=put(made.ids, tokens),
             mask=put(made.mask, live),
             logprobs=put(made.logprobs, jnp.where(live, logprobs, 0.0)),
             finished=made.finished | (live & ended),
             values=None if values is None else put(made.values, jnp.where(live, values, 0.0)),
         )
+        return tokens, made, seen
 
     def advance(carry):
-        step, tokens, made, cache = carry
+        step, tokens, made, seen, cache = carry
         hidden, cache = apply(
             tokens, prompt_mask, step - 1, prompt_cache, cache, adapters, method=Llama.decode
         )
-        tokens, made = record(made, step, hidden)
-        return step + 1, tokens, made, cache
+        tokens, made, seen = record(made, step, hidden, seen)
+        return step + 1, tokens, made, seen, cache
 
     empty = Completions(
         ids=jnp.full((B, G, R), c.pad_id, jnp.int32),
@@ -123,6 +129,13 @@ def generate(
         finished=jnp.zeros((B, G), bool),
         values=None if head is None else jnp.zeros((B, G, R), jnp.float32),
     )
-    tokens, made = record(empty, 0, first)
+    seen = None
+    if c.repetition_penalty != 1.0:
+        V = model.config.vocab_size
+        # Padding goes to a column past the last, which is then cut: it is no token of the prompt.
+        ids = jnp.where(prompt_mask > 0, prompt_ids, V)
+        seen = jnp.zeros((B, V + 1), bool).at[jnp.arange(B)[:, None], ids].set(True)[:, :V]
+        seen = jnp.repeat(seen, G, axis=0)
+    tokens, made, seen = record(empty, 0, first, seen)
     unfinished = lambda carry: (carry[0] < R) & ~jnp.all(carry[2].finished)
-    return jax.lax.while_loop(unfinished, advance, (jnp.int32(1), tokens, made, cache))[2]
+    return jax.lax.while_loop(unfinished, advance, (jnp.int32(1), tokens, made, seen, cache))[2]
