@@ -36,7 +36,14 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         held_out_pairs=96,
         max_bad_records=0.0,  # fraction of the records that may be unusable
     )
-    config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_new_tokens=0)
+    config.sampling = dict(
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,  # of the largest probability, that a token needs; 0: none
+        repetition_penalty=1.0,  # of tokens that the prompt or the completion has; 1: none
+        min_new_tokens=0,
+    )
     config.rewards = dict(
         # Of the policy: learned (the reward model); a rule: sentiment, length:target=20, regex:pattern=..., and against
         # the prompts' field `answer` exact_match, math; or package.module:function(prompts, completions, **fields).
@@ -96,6 +103,8 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         batch_size=32,  # prompts
         num_completions=4,  # a prompt; the first goes into the side-by-side files
         temperature=1.0,  # 0 is greedy
+        num_beams=1,  # 1 samples; more: the best num_completions beams, at temperature 1 and with no filter
+        length_penalty=1.0,  # of beams: their log-probability over length**length_penalty ranks them
         max_kl=10.0,  # nats a completion; the report warns above it
     )
     config.logging = dict(

@@ -11,6 +11,7 @@ TOLD = {
     "reward": "reward (trained on)",
     "gold_reward": "true reward (never trained on)",
     "kl": "KL to the start, nats",
+    "log_ratio": "log-probability over the start's, nats (beams: no KL)",
     "completion_length": "tokens",
     "finished": "ended by themselves",
 }
@@ -41,10 +42,19 @@ def side_by_side_and_report(run) -> None:
     gold = rules.RULES[run.gold] if run.gold else None
     found = {}
     online = ALGORITHMS[name].online
+    sampling = run.decoding()
+    said = config.sampling.to_dict() | {"temperature": section.temperature}
+    if section.num_beams > 1:
+        said = {
+            "num_beams": sampling.num_beams,
+            "length_penalty": sampling.length_penalty,
+            "min_new_tokens": sampling.min_new_tokens,
+        }
     with rewards:
         for side, role, against in (("untuned", Role(), None), ("tuned", policy, Role())):
             run.console.note(
                 f"evaluation: {side}, {len(texts)} prompts x {section.num_completions} completions"
+                + (f", the best of {section.num_beams} beams" if section.num_beams > 1 else "")
             )
             with meshes.activate(run.mesh):
                 sampled = side_by_side.completions_of(
@@ -54,7 +64,7 @@ def side_by_side_and_report(run) -> None:
                     [ids for _, ids in prompts],
                     prompt_length=run.prompt_length,
                     batch_size=section.batch_size,
-                    sampling=run.sampling(section.num_completions, section.temperature),
+                    sampling=sampling,
                     tokenizer=run.tokenizer,
                     put=run.put,
                     rng=run.rng("evaluation"),
@@ -73,7 +83,7 @@ def side_by_side_and_report(run) -> None:
         texts,
         **found,
         gold_name=rules.DESCRIPTIONS[run.gold] if run.gold else "",
-        sampling=run.config.sampling.to_dict() | {"temperature": section.temperature},
+        sampling=said,
     )
     report.write_report(run.workdir, kl_limit=section.max_kl)
     curves.save_summary_png(run.workdir)

@@ -101,7 +101,8 @@ def _sampling_note(run):
     if not isinstance(sampling, dict) or not sampling:
         return ""
     said = ", ".join(f"{key} {value}" for key, value in sampling.items())
-    return f'<p class="muted">Sampled with {page.escape(said)}.</p>'
+    how = "Decoded by beam search" if "num_beams" in sampling else "Sampled"
+    return f'<p class="muted">{how} with {page.escape(said)}.</p>'
 
 
 def _signs(findings):

@@ -1,4 +1,4 @@
-"""Tuned and untuned on the same prompts with the same random numbers: completions, rewards, gold, KL.
+"""Tuned and untuned on the same prompts, with the same random numbers or by beam search: completions, rewards, KL.
 
 Writes eval_results_untuned.jsonl, eval_results_tuned.jsonl (the files of Vertex's bulk inference) and
 evaluation.json. Knows nothing of how the policy was trained."""
@@ -17,6 +17,7 @@ from rlhf_jax.models import roles
 from rlhf_jax.models.llama import unembedding
 from rlhf_jax.models.roles import Role
 from rlhf_jax.rewards import learned
+from rlhf_jax.sampling.beam import BeamConfig, beam_search
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.types import GroupedBatch
 
@@ -42,16 +43,22 @@ def completions_of(
 ) -> dict:
     """{"texts": [N][G], "completion_length", "finished", "reward", "kl": [N, G] where asked}, prompts in order.
 
-    kl: sum over the completion of log p - log p_against at the sampling temperature, in nats; not for greedy.
+    sampling: SamplingConfig, or BeamConfig for the best beams.
+    kl: sum over the completion of log p - log p_against at the sampling temperature, in nats; not for greedy. Beams
+      are no samples and their mean is no KL: of them it is "log_ratio", which says how each side rates this text.
     """
-    G, rows = sampling.num_completions, []
+    by_beams = isinstance(sampling, BeamConfig)
+    G, temperature = (
+        (sampling.num_return, 1.0) if by_beams else (sampling.num_completions, sampling.temperature)
+    )
+    rows = []
 
     @jax.jit
     def measure(base, batch):
         found = {}
         if reward is not None:
             found["reward"] = learned.score(model, base, reward[0], batch, sampling.eos_ids, *reward[1:])
-        if against is not None and sampling.temperature > 0:
+        if against is not None and temperature > 0:
             states = roles.predicting_states(model, base, against, batch)
             vocabulary = unembedding(against.params(base))
             logprobs, _ = fused_token_logprobs(
@@ -59,9 +66,10 @@ def completions_of(
                 vocabulary,
                 batch.completion_ids,
                 chunk_size=vocab_chunk,
-                temperature=sampling.temperature,
+                temperature=temperature,
             )
-            found["kl"] = jnp.where(batch.completion_mask > 0, batch.old_logprobs - logprobs, 0.0).sum(-1)
+            log_ratio = jnp.where(batch.completion_mask > 0, batch.old_logprobs - logprobs, 0.0)
+            found["log_ratio" if by_beams else "kl"] = log_ratio.sum(-1)
         return found
 
     for start in range(0, len(prompts), batch_size):
@@ -69,8 +77,12 @@ def completions_of(
         chosen = prompts[start : start + batch_size]
         filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
         ids, mask = put(pad_prompts(filled, prompt_length, sampling.pad_id))
-        key = jax.random.fold_in(rng, start)
-        made = generate(model, role.params(base), ids, mask, key, sampling, role.adapter)
+        params = role.params(base)
+        if by_beams:
+            made = beam_search(model, params, ids, mask, sampling, role.adapter)
+        else:
+            key = jax.random.fold_in(rng, start)
+            made = generate(model, params, ids, mask, key, sampling, role.adapter)
         batch = GroupedBatch(ids, mask, made.ids, made.mask, old_logprobs=made.logprobs)
         found = jax.device_get(measure(base, batch)) | {
             "completion_length": np.asarray(made.mask.sum(-1)),
@@ -116,7 +128,7 @@ def write(
         _write(os.path.join(workdir, FILES[name]), "\n".join(lines) + "\n")
     summary = {}
     for name, side in sides.items():
-        for key in ("reward", "gold_reward", "kl", "completion_length", "finished"):
+        for key in ("reward", "gold_reward", "kl", "log_ratio", "completion_length", "finished"):
             if key in side:
                 values = np.asarray(side[key], np.float64)
                 summary[f"{name}/{key}"] = float(values.mean())

@@ -184,8 +184,8 @@ def _rank(c, running, complete, open_, logprobs, allowed, step):
         groups.append((*group[:3], group[3] + g * M))
         if c.diversity_penalty:
             # Those that go on, as in transformers: neither the ones that end nor those of a group that is done.
-            counts = jax.nn.one_hot(tokens, V).sum(1)
-            taken = taken + jnp.where(open_[:, g, None], counts, 0.0)
+            counted = open_[:, g, None] & (group[0].scores > -jnp.inf)
+            taken = taken + jnp.where(counted[..., None], jax.nn.one_hot(tokens, V), 0.0).sum(1)
     running, complete, parents = (_join([group[i] for group in groups]) for i in (0, 1, 3))
     return running, complete, jnp.stack([group[2] for group in groups], 1), parents
 
@@ -203,7 +203,9 @@ def _rank_group(c, running, complete, open_, logprobs, allowed, step):
     length = jnp.float32(step + 1)
     final = jnp.where(ends, candidates.scores / length**c.length_penalty, -jnp.inf)
     complete, _ = _best(_join([complete, candidates.replace(scores=final)]), M)
-    running, index = _best(candidates.replace(scores=jnp.where(stops, -jnp.inf, candidates.scores)), M)
+    running, index = _best(
+        candidates.replace(scores=jnp.where(candidates.ended, -jnp.inf, candidates.scores)), M
+    )
     parents, tokens = _take(parents, index), _take(tokens, index)
 
     best, worst = running.scores[:, 0], complete.scores[:, -1]  # worst is -inf until there are M

@@ -14,13 +14,13 @@ POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_min
             "alpha", "prompt_tokens", "completion_tokens", "num_pairs", "num_completions", "save_every_steps",
             "log_every_steps", "samples_every_steps", "coin_scale", "reward_reference_batches", "keep_latest", "eps",
             "clip_epsilon", "value_clip", "ptx_batch_size", "clip_low", "clip_high", "beta", "discopop_tau",
-            "timeout_seconds", "kl_horizon", "max_kl", "head_multiplier")  # fmt: skip
+            "timeout_seconds", "kl_horizon", "max_kl", "head_multiplier", "num_beams", "repetition_penalty")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps", "weight_decay",
                 "clip_norm", "value_coeff", "ptx_coeff", "stop_approx_kl", "clip_epsilon_high", "entropy_coeff",
                 "reward_clip", "dual_clip", "ratio_clip", "center_coeff", "eval_every_steps", "held_out_prompts",
                 "held_out_pairs", "vocab_chunk", "min_new_tokens", "num_samples", "keep_best", "layers",
                 "packed_tokens")  # fmt: skip
-FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p", "label_smoothing")
+FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p", "min_p", "label_smoothing")
 CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
     "train": ("lora", "full"),
@@ -51,6 +51,12 @@ def check_config(config, known_stages) -> None:
         raise InputError(
             f"config.sampling.min_new_tokens is {config.sampling.min_new_tokens}, more than "
             f"config.data.completion_tokens {config.data.completion_tokens}."
+        )
+    beams, asked = config.evaluation.num_beams, config.evaluation.num_completions
+    if 1 < beams < asked:
+        raise InputError(
+            f"config.evaluation.num_completions is {asked}, more than config.evaluation.num_beams {beams}; "
+            "the completions are the best of the beams. Ask for fewer, or for more beams."
         )
     if not 0 <= config.seed < 2**63:
         raise InputError(f"config.seed is {config.seed}; expected 0 or more, below 2**63.")

@@ -20,6 +20,7 @@ from rlhf_jax.models.llama import Llama, LlamaConfig
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
+from rlhf_jax.sampling.beam import BeamConfig
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.training.algorithms import ALGORITHMS, Network
 from rlhf_jax.training.loop import Logging
@@ -162,9 +163,28 @@ class Run:
             temperature=section.temperature if temperature is None else temperature,
             top_k=section.top_k,
             top_p=section.top_p,
+            min_p=section.min_p,
+            repetition_penalty=section.repetition_penalty,
             num_completions=num_completions,
             eos_ids=self.eos_ids,
             min_new_tokens=section.min_new_tokens,
+            pad_id=self.tokenizer.pad_id,
+            vocab_size=self.tokenizer.vocabulary_size,
+        )
+
+    def decoding(self) -> SamplingConfig | BeamConfig:
+        """How the stage `evaluation` makes its completions."""
+        section = self.config.evaluation
+        num_beams, length_penalty = section.num_beams, section.length_penalty
+        if num_beams == 1:
+            return self.sampling(section.num_completions, section.temperature)
+        return BeamConfig(
+            max_new_tokens=self.config.data.completion_tokens,
+            num_beams=num_beams,
+            num_return=section.num_completions,
+            length_penalty=length_penalty,
+            eos_ids=self.eos_ids,
+            min_new_tokens=self.config.sampling.min_new_tokens,
             pad_id=self.tokenizer.pad_id,
             vocab_size=self.tokenizer.vocabulary_size,
         )

@@ -4,7 +4,8 @@
     python tests/golden/make_beam_golden.py groups    with transformers before 4.57, the last with group beam search
 
 Every number comes from torch and transformers on one thread, and every search without groups is made in float32 and
-in float64: prompts whose sequences differ between the two are not taken. The tests read the files and need none of this."""
+in float64: prompts whose sequences differ between the two are not taken. The tests read the files
+and need none of this."""
 
 import json
 import os

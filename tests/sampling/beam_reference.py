@@ -44,7 +44,7 @@ def search(
                 if stops(tokens):
                     complete[g].append((score / len(tokens) ** length_penalty, tokens))
             complete[g] = sorted(complete[g], key=lambda pair: -pair[0])[:size]
-            running[g] = [pair for pair in candidates if not stops(pair[1])][:size]
+            running[g] = [pair for pair in candidates if pair[1][-1] not in eos_ids][:size]
             for _, tokens in running[g]:
                 taken[tokens[-1]] += 1
             if not running[g]:

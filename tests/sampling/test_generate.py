@@ -160,7 +160,9 @@ def test_draw_has_the_right_frequencies(vocabulary):
     assert (np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1).all()
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"min_new_tokens": 9}, {"top_k": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"min_new_tokens": 9}, {"top_k": -1}, {"min_p": 2}]
+)
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         SamplingConfig(**({"max_new_tokens": 8} | bad))
@@ -179,4 +181,31 @@ def test_greedy_tokens_are_those_of_transformers(name):
         jax.random.key(0),
         SamplingConfig(expected.shape[1], temperature=0),
     )
+    np.testing.assert_array_equal(made.ids[:, 0], expected)
+
+
+def test_filters_are_those_of_transformers():
+    with np.load(GOLDEN / "filters.npz") as file:
+        g = dict(file)
+    logits = jnp.asarray(g["logits"])
+    seen = jnp.zeros(logits.shape, bool).at[jnp.arange(len(logits))[:, None], g["seen"]].set(True)
+    for penalty in (1.3, 0.7):
+        np.testing.assert_allclose(
+            filters.penalise(logits, seen, penalty), g[f"repetition_{penalty}"], rtol=1e-6
+        )
+    for min_p in (0.05, 0.5):
+        np.testing.assert_array_equal(filters.restrict(logits, min_p=min_p), g[f"min_p_{min_p}"])
+    both = filters.restrict(logits, top_p=0.9, min_p=0.1)
+    np.testing.assert_array_equal(both, g["top_p_0.9_min_p_0.1"])
+
+
+def test_repetition_penalty_counts_prompt_and_completion_and_no_padding():
+    config, params = huggingface.load_llama(str(GOLDEN / "llama2"))
+    with np.load(GOLDEN / "filters.npz") as file:
+        prompts, expected = jnp.asarray(file["repetition_prompts"]), file["repetition_greedy"]
+    sampling = SamplingConfig(expected.shape[1], temperature=0, repetition_penalty=1.5)
+    # Padded with a token that the answers hold, which would be penalised if padding were read.
+    padded = jnp.pad(prompts, ((0, 0), (2, 0)), constant_values=int(expected[0, 0]))
+    mask = jnp.pad(jnp.ones_like(prompts), ((0, 0), (2, 0)))
+    made = generate(Llama(config), params, padded, mask, jax.random.key(0), sampling)
     np.testing.assert_array_equal(made.ids[:, 0], expected)
