@@ -89,14 +89,16 @@ def role_shardings(role: Role, config: LlamaConfig, mesh: Mesh) -> Role:
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, trained, shardings, mesh: Mesh):
-    """Moments lie as the parameters they belong to; counters are replicated."""
+    """Moments lie as the parameters they belong to; counters are replicated. A role may have none (optax.partition)."""
+    absent = lambda x: isinstance(x, optax.MaskedNode)
     state = jax.eval_shape(optimizer.init, trained)
     return optax.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda moment, sharding: moment if absent(moment) else sharding,
         state,
         shardings,
         transform_non_params=lambda _: replicated(mesh),
+        is_leaf=absent,
     )
 
 

@@ -47,6 +47,9 @@ def online(run: Run, name: str) -> None:
         auxiliary = functools.partial(algorithm.auxiliary_objective, settings, network)
         rows_of, fingerprint["examples"] = example_stream(run, section, updates_a_step)
     optimizer, schedule = optimizer_of(section, section.steps * updates_a_step)
+    if algorithm.optimizer is not None:
+        optimizer = algorithm.optimizer(settings, optimizer)
+    extras = algorithm.extras and functools.partial(algorithm.extras, settings, network)
     update = jax.jit(
         make_update(
             functools.partial(algorithm.objective, settings, network),
@@ -56,6 +59,7 @@ def online(run: Run, name: str) -> None:
             num_microbatches=section.num_microbatches,
             auxiliary_objective=auxiliary,
             stop_kl=section.stop_approx_kl,
+            extras=extras,
         ),
         donate_argnums=0,
     )

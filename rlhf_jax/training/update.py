@@ -16,6 +16,7 @@ def make_update(
     num_microbatches=1,
     auxiliary_objective=None,
     stop_kl=0.0,
+    extras=None,
 ):
     """Returns update(state, frozen, batch, auxiliary=None) -> (state, metrics).
 
@@ -27,9 +28,12 @@ def make_update(
       auxiliary_objective: another one, whose gradient on a stream of its own is added (PPO-ptx). `auxiliary` has a
         leading axis of epochs * num_minibatches: fresh rows for every update.
       stop_kl: an update before which `approx_kl` has passed it is not made, nor any after it; 0: all are made.
+      extras: (trained, frozen, minibatch) -> {name: what the optimizer takes beside the gradient}; None: nothing. The
+        `step_metrics` of an optimizer's state, if it has any, join the metrics.
     Metrics are means over the updates; those named `first_...` are of the first update alone. With stop_kl, `updates`
     is how many were made.
     """
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def gradient(objective, state, frozen, minibatch, rng):
         grad_fn = jax.value_and_grad(objective, has_aux=True)
@@ -43,9 +47,7 @@ def make_update(
         if num_microbatches == 1:
             weight, sums = weighted_sums(minibatch, rng)
         else:
-            # Interleaved, so that every row stays on its device; contiguous blocks would be sent around.
-            cut = lambda x: x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
-            parts = (jax.tree.map(cut, minibatch), jax.random.split(rng, num_microbatches))
+            parts = (microbatches(minibatch, num_microbatches), jax.random.split(rng, num_microbatches))
             first = jax.tree.map(lambda x: x[0], parts)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(weighted_sums, *first))
             add = lambda total, part: (jax.tree.map(jnp.add, total, weighted_sums(*part)), None)
@@ -62,7 +64,9 @@ def make_update(
             grads = jax.tree.map(jnp.add, grads, more)
             metrics |= of_rows | {"loss": metrics["loss"] + of_rows["loss"]}
         norm = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        measures = {} if extras is None else extras(state.trained, frozen, minibatch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained, **measures)
+        metrics |= optax.tree.get(opt_state, "step_metrics", {})
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         near = metrics["approx_kl"] <= stop_kl if stop_kl else True
         keep = lambda new, old: jnp.where(finite & near, new, old)

@@ -1,5 +1,6 @@
 """Every row of the table: what must not change its step, and that online rows learn what is rewarded."""
 
+import dataclasses
 import functools
 
 import jax
@@ -32,24 +33,27 @@ VARIANTS = (
 IDS = [f"{name}-{'-'.join(map(str, changes.values()))}".strip("-") for name, changes in VARIANTS]
 
 
-class Bigrams:
-    """In the place of a Network: a token depends on the one before it, so that a step compiles at once."""
+class Bigrams(Network):
+    """In the place of a decoder: a token depends on the one before it, so that a step compiles at once."""
 
-    def logprobs(self, base, role, batch):
+    def __init__(self):
+        super().__init__(model=None, vocab_chunk=0)
+
+    def states(self, base, role, batch):
         shape = batch.completion_ids.shape
         last = jnp.broadcast_to(batch.prompt_ids[:, None, -1:], (*shape[:2], 1))
         before = jnp.concatenate([last, batch.completion_ids[..., :-1]], axis=-1)
-        logprobs = jax.nn.log_softmax(role.params(base)["table"][before])
-        chosen = jnp.take_along_axis(logprobs, batch.completion_ids[..., None], axis=-1)[..., 0]
-        entropy = -(jnp.exp(logprobs) * logprobs).sum(-1)
-        return chosen, entropy, role.params(base)["states"][before]
+        return role.params(base)["states"][before]
+
+    def unembedding(self, base, role):
+        return role.params(base)["unembedding"]
 
 
 def bigrams(seed):
     keys = jax.random.split(jax.random.key(seed), 2)
     return {
-        "table": jax.random.normal(keys[0], (VOCABULARY, VOCABULARY)),
-        "states": jax.random.normal(keys[1], (VOCABULARY, WIDTH)),
+        "states": jax.random.normal(keys[0], (VOCABULARY, WIDTH)),
+        "unembedding": jax.random.normal(keys[1], (WIDTH, VOCABULARY)) / WIDTH**0.5,
     }
 
 
@@ -88,16 +92,24 @@ def prepared(row, settings, network, base, batch):
     return rollout.make_prepare(row, settings, network)({"base": base}, controllers, batch)[0]
 
 
+def started(row, settings, network, trained, optimizer, microbatches=1):
+    """(state, update) of a row, as a stage makes them."""
+    if row.optimizer is not None:
+        settings = dataclasses.replace(settings, num_microbatches=microbatches)
+        optimizer = row.optimizer(settings, optimizer)
+    state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jax.random.key(0), {})
+    objective = functools.partial(row.objective, settings, network)
+    extras = row.extras and functools.partial(row.extras, settings, network)
+    return state, jax.jit(make_update(objective, optimizer, num_microbatches=microbatches, extras=extras))
+
+
 def gradient(name, changes, batch, microbatches=1):
-    """(the update of plain gradient descent, metrics)."""
+    """(the update of plain gradient descent, or of the row's own optimizer, metrics)."""
     row, network, base = ALGORITHMS[name], Bigrams(), bigrams(0)
     settings = row.settings(**changes)
     batch = prepared(row, settings, network, base, jax.tree.map(jnp.asarray, batch))
     trained = make_roles(name)
-    optimizer = optax.sgd(1.0)
-    state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jax.random.key(0), {})
-    objective = functools.partial(row.objective, settings, network)
-    update = jax.jit(make_update(objective, optimizer, num_microbatches=microbatches))
+    state, update = started(row, settings, network, trained, optax.sgd(1.0), microbatches)
     new, metrics = update(state, {"base": base}, batch)
     return jax.device_get((jax.tree.map(jnp.subtract, new.trained, trained), metrics))
 
@@ -183,10 +195,8 @@ def test_learns_what_is_rewarded(tiny_llama, name):
     }
     trained = {role: trained[role] for role in row.trains}
     optimizer = make_optimizer(optax.constant_schedule(2e-2), clip_norm=1.0)
-    state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jax.random.key(0), {})
+    state, update = started(row, settings, network, trained, optimizer)
     prepare = rollout.make_prepare(row, settings, network)
-    objective = functools.partial(row.objective, settings, network)
-    update = jax.jit(make_update(objective, optimizer))
     prompts = jnp.full((8, 3), 5, jnp.int32), jnp.ones((8, 3), jnp.int32)
     sampling = SamplingConfig(4, num_completions=4)
     controllers, rewards = {"kl_coeff": jnp.float32(0.0), "baseline": jnp.float32(0.5)}, []

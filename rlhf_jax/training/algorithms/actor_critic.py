@@ -84,7 +84,7 @@ def ppo_objective(settings, network, trained, frozen, controllers, batch, rng):
         dual_clip=settings.dual_clip or None,
     )
     values = (settings.value_loss, settings.value_clip)
-    return _with_value(
+    return with_value(
         settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, values
     )
 
@@ -104,12 +104,12 @@ def a2c_objective(settings, network, trained, frozen, controllers, batch, rng):
         sequences(logprobs), sequences(batch.old_logprobs), sequences(batch.advantages), mask
     )
     values = ("squared", 0.0)
-    return _with_value(
+    return with_value(
         settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, values
     )
 
 
-def _with_value(settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, kind):
+def with_value(settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, kind):
     """The policy's loss with those of value (kind: name and limit) and entropy."""
     if not trained["value"].is_head_only:
         states = roles.predicting_states(network.model, frozen["base"], trained["value"], batch)

@@ -32,6 +32,10 @@ class Algorithm:
     auxiliary_objective: Callable | None = None
     trains: tuple[str, ...] = ("policy",)
     controllers: tuple[str, ...] = ()  # of its own beside those of every online row; they start at 0
+    # (settings, AdamW) -> the optimizer in its place; None: AdamW
+    optimizer: Callable | None = None
+    # (settings, network, trained, frozen, batch) -> {name: what that optimizer reads beside the gradient}
+    extras: Callable | None = None
 
     @property
     def online(self) -> bool:
@@ -48,12 +52,20 @@ class Network:
 
     def logprobs(self, base: dict, role: roles.Role, batch):
         """(logprobs, entropy, states) of the completion tokens: [B, G, R] nats, [B, G, R] nats, [B, G, R, D]."""
-        states = roles.predicting_states(self.model, base, role, batch)
+        states = self.states(base, role, batch)
         logprobs, entropy = fused_token_logprobs(
             states,
-            unembedding(role.params(base)),
+            self.unembedding(base, role),
             batch.completion_ids,
             chunk_size=self.vocab_chunk,
             temperature=self.temperature,
         )
         return logprobs, entropy, states
+
+    def states(self, base: dict, role: roles.Role, batch):
+        """[B, G, R, D]: the states that predict the completion tokens."""
+        return roles.predicting_states(self.model, base, role, batch)
+
+    def unembedding(self, base: dict, role: roles.Role):
+        """[D, V]: what turns states into logits."""
+        return unembedding(role.params(base))
