@@ -19,7 +19,7 @@ def get_config(size="tiny"):
         cg_iterations=10,  # Fisher products a step, at most
         cg_tolerance=1e-3,  # residual at which they end, of the gradient's norm
         cg_damping=0.1,  # added to the Fisher matrix, of its curvature along the gradient
-        backtrack_factor=0.7,  # of the step, from one candidate of the line search to the next
+        backtrack_factor=0.8,  # of the step, from one candidate of the line search to the next
         backtrack_steps=10,  # candidates after the first; if none is good, the policy stays as it is
         accept_ratio=0.1,  # gain that a good candidate needs, of what the gradient promises
     )

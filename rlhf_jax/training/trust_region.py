@@ -17,7 +17,14 @@ class TrustRegionState(NamedTuple):
     step_metrics: dict
 
 
-METRICS = ("step_kl_per_token", "step_accepted", "line_search_steps", "improvement", "expected_improvement", "cg_residual")
+METRICS = (
+    "step_kl_per_token",
+    "step_accepted",
+    "line_search_steps",
+    "improvement",
+    "expected_improvement",
+    "cg_residual",
+)
 
 
 def trust_region(
@@ -26,7 +33,7 @@ def trust_region(
     cg_iterations: int = 10,
     cg_tolerance: float = 1e-3,
     cg_damping: float = 0.1,
-    backtrack_factor: float = 0.7,
+    backtrack_factor: float = 0.8,
     backtrack_steps: int = 10,
     accept_ratio: float = 0.1,
 ) -> optax.GradientTransformationExtraArgs:
@@ -37,8 +44,8 @@ def trust_region(
       fisher_fn: tangent -> Fisher matrix of old times tangent, both like the parameters; the Hessian of that KL at old.
 
     The direction x solves (F + c I) x = gradient by conjugate gradient. The first candidate is x scaled by
-    sqrt(2 max_kl_per_token / x^T (F + c I) x), whose KL is within the limit as far as F tells; each further one is
-    shorter by backtrack_factor. Taken is the first whose true KL is within the limit and whose true gain is above 0 and
+    sqrt(2 max_kl_per_token / x^T F x), whose KL is the limit as far as F tells; each further one is shorter by
+    backtrack_factor. Taken is the first whose true KL is within the limit and whose true gain is above 0 and
     at least accept_ratio of what the gradient promises. If none is (a NaN is never), the update is zero.
 
     Args:
@@ -58,11 +65,12 @@ def trust_region(
         del state, unused
         length = tree.vdot(grads, grads)
         curvature = tree.vdot(grads, fisher_fn(grads)) / jnp.where(length > 0, length, 1.0)
-        damped = lambda v: tree.add_scale(fisher_fn(v), cg_damping * curvature, v)
+        damping = cg_damping * curvature
+        damped = lambda v: tree.add_scale(fisher_fn(v), damping, v)
         direction, residual = conjugate_gradient(damped, grads, cg_iterations, cg_tolerance)
         norm = jnp.sqrt(length)
-        # x^T (F + c I) x is x^T (g - residual): no further product.
-        bend = tree.vdot(direction, tree.sub(grads, residual))
+        # F x is g - residual - c x: no further product.
+        bend = tree.vdot(direction, tree.sub(grads, residual)) - damping * tree.vdot(direction, direction)
         scale = jnp.where(bend > 0, jnp.sqrt(2.0 * max_kl_per_token / jnp.where(bend > 0, bend, 1.0)), 0.0)
         full = tree.scale(-scale, direction)
         promised = -tree.vdot(grads, full)

@@ -179,15 +179,15 @@ def test_dpo_rewards_are_those_of_the_log_ratio(loss_type):
 
 
 BANDIT = dict(kl_coeff=0.0)
-STEPS = dict(reinforce=40, a2c=40, rloo=30)
+OF_A_ROW = dict(grpo=dict(kl_loss_coeff=0.0), trpo=dict(max_kl_per_token=0.2, cg_damping=1.0))
+STEPS = dict(reinforce=40, a2c=40, rloo=30, trpo=30)
 
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_learns_what_is_rewarded(tiny_llama, name):
     """The score is the share of tokens below 32: 1 is best, and half of that is chance."""
     (model, base), row = tiny_llama, ALGORITHMS[name]
-    changes = BANDIT | (dict(kl_loss_coeff=0.0) if name == "grpo" else {})
-    settings, network = row.settings(**changes), Network(model, vocab_chunk=0)
+    settings, network = row.settings(**BANDIT, **OF_A_ROW.get(name, {})), Network(model, vocab_chunk=0)
     adapter = lora.init(jax.random.key(1), model.config, lora.LoraConfig(rank=8))
     trained = {
         "policy": Role(adapter=adapter),

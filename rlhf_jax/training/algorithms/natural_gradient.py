@@ -30,7 +30,7 @@ class TRPOSettings(A2CSettings):
     cg_iterations: int = 10
     cg_tolerance: float = 1e-3  # of the gradient's norm
     cg_damping: float = 0.1  # of the curvature along the gradient
-    backtrack_factor: float = 0.7
+    backtrack_factor: float = 0.8
     backtrack_steps: int = 10
     accept_ratio: float = 0.1  # of the gain that the gradient promises
     # The limit is one step's, on the batch it was measured on.
