@@ -118,3 +118,9 @@ def _until_stopped(make_one, state, parts):
 
     (state, _), (metrics, reached) = jax.lax.scan(step, (state, jnp.bool_(True)), parts)
     return state, metrics, reached.astype(jnp.float32)
+
+
+def microbatches(batch, count: int):
+    """[B, ...] -> [count, B / count, ...], rows interleaved: each stays on its device, where blocks would be sent."""
+    cut = lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+    return jax.tree.map(cut, batch)

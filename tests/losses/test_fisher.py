@@ -33,7 +33,7 @@ def test_moments(chunk):
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-3])
 def test_kl_is_exact_down_to_small_steps(chunk, size):
-    """At 1e-3 the KL is near 1e-6, of logits near 30: a difference of two log-probabilities would have no digit left."""
+    """At 1e-3 the KL is near 1e-6, of logits near 30: a difference of log-probabilities has no digit left."""
     old, head = draw(0, N, D).astype(np.float32), draw(1, D, V).astype(np.float32)
     old[:, 0] += 10.0
     new = old + np.float32(size) * draw(2, N, D).astype(np.float32)

@@ -2,7 +2,8 @@
 
 An algorithm is a pure loss from losses/ plus the few lines here that feed it: supervised.py (SFT, reward models),
 preference.py (DPO, KTO, ORPO, CPO, SimPO), actor_critic.py (PPO, A2C), natural_gradient.py (TRPO), critic_free.py
-(REINFORCE, RLOO, the GRPO family); shared.py is what online rows have in common, row.py what a row is. Knows no config object, file or clock."""
+(REINFORCE, RLOO, the GRPO family); shared.py is what online rows have in common, row.py what a row is. Knows no
+config object, file or clock."""
 
 from rlhf_jax.training.algorithms import actor_critic, critic_free, natural_gradient, preference, supervised
 from rlhf_jax.training.algorithms.row import Algorithm, Network

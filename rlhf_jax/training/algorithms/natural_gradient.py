@@ -57,7 +57,7 @@ def objective(settings, network, trained, frozen, controllers, batch, rng):
     policy_loss, metrics = _policy_loss(logprobs, batch)
     states = jax.lax.stop_gradient(states)
     return actor_critic.with_value(
-        settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, jnp.inf
+        settings, network, trained, frozen, batch, states, entropy, policy_loss, metrics, ("squared", 0.0)
     )
 
 
