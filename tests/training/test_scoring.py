@@ -15,13 +15,14 @@ def ends_with(completions, ending):
 """
 
 
-def section(*components, weights=None, normalise="none"):
+def section(*components, weights=None, normalise="none", clip=()):
     weights = (1.0,) * len(components) if weights is None else weights
     return config_dict.ConfigDict(
         dict(
             components=components,
             weights=weights,
             normalise=normalise,
+            clip=clip,
             timeout_seconds=20.0,
             failure_score=0.0,
         )

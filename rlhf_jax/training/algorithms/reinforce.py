@@ -1,4 +1,4 @@
-"""REINFORCE, REINFORCE++: each token is worth the rewards that follow it. What differs is the baseline."""
+"""REINFORCE, REINFORCE++ and ReMax: each token is worth the rewards that follow it. What differs is the baseline."""
 
 import dataclasses
 
@@ -10,7 +10,14 @@ from rlhf_jax.losses.policy_gradient import policy_gradient_loss
 from rlhf_jax.losses.ppo import clipped_policy_loss
 from rlhf_jax.training.algorithms.critic_free import finished, policy, with_advantages
 from rlhf_jax.training.algorithms.row import Algorithm
-from rlhf_jax.training.algorithms.shared import OnlineSettings, kl_control, scored, sequences, token_mask
+from rlhf_jax.training.algorithms.shared import (
+    OnlineSettings,
+    kl_control,
+    ruled_scores,
+    scored,
+    sequences,
+    token_mask,
+)
 
 BASELINE_DECAY = 0.9  # a step, of REINFORCE's running mean
 
@@ -37,6 +44,17 @@ class ReinforcePPSettings(OnlineSettings):
     clip_epsilon: float = 0.2
 
 
+@dataclasses.dataclass(frozen=True)
+class ReMaxSettings(OnlineSettings):
+    """Li et al. 2023, arXiv:2310.10505: returns less the score of the greedy completion of the same prompt.
+
+    As in verl, the KL is in the rewards of the tokens and the baseline is the bare score, after the rules for a missing
+    end, the clip and the length: it does not depend on what was sampled, so it changes no expectation.
+    """
+
+    gamma: float = 1.0
+
+
 def reinforce_prepare(settings, network, frozen, controllers, batch):
     """Returns-to-go less the running baseline, which knows nothing of this batch."""
     batch, returns, mask, metrics = _returns(settings, network, frozen, controllers, batch)
@@ -59,6 +77,14 @@ def reinforce_control(settings, controllers, metrics, num_sequences):
 def reinforce_pp_prepare(settings, network, frozen, controllers, batch):
     batch, returns, mask, metrics = _returns(settings, network, frozen, controllers, batch)
     return with_advantages(batch, masked_whiten(returns, mask)), metrics
+
+
+def remax_prepare(settings, network, frozen, controllers, batch):
+    batch, returns, mask, metrics = _returns(settings, network, frozen, controllers, batch)
+    baseline = jnp.broadcast_to(ruled_scores(settings, batch.greedy), batch.weights.shape).reshape(-1)
+    metrics["baseline"] = masked_mean(baseline, batch.weights.reshape(-1))
+    advantages = jnp.where(mask > 0, returns - baseline[:, None], 0.0)
+    return with_advantages(batch.replace(greedy=None), advantages), metrics
 
 
 def reinforce_objective(settings, network, trained, frozen, controllers, batch, rng):
@@ -92,4 +118,5 @@ ROWS = {
         controllers=("baseline",),
     ),
     "reinforce_pp": Algorithm(ReinforcePPSettings, reinforce_pp_objective, reinforce_pp_prepare, kl_control),
+    "remax": Algorithm(ReMaxSettings, reinforce_objective, remax_prepare, kl_control, greedy_baseline=True),
 }

@@ -32,6 +32,10 @@ class Algorithm:
     auxiliary_objective: Callable | None = None
     trains: tuple[str, ...] = ("policy",)
     controllers: tuple[str, ...] = ()  # of its own beside those of every online row; they start at 0
+    greedy_baseline: bool = False  # `prepare` reads batch.greedy
+    # (settings, scored batch) -> [B] bool: the groups that teach; settings.max_refills says how often to draw others in
+    # the place of the rest. None: all do
+    teaches: Callable | None = None
 
     @property
     def online(self) -> bool:
