@@ -1,6 +1,6 @@
 """A2C: PPO's critic without its clip, one update a rollout.   --config=configs/a2c.py:tiny
 
-Mnih et al. 2016, arXiv:1602.01783; GAE (lambda 1: Monte Carlo, 0: one step) in the place of n-step returns."""
+Mnih et al. 2016, arXiv:1602.01783; returns=n_step is the paper's; GAE at lambda 1 is Monte Carlo, at 0 one step."""
 
 from configs import common
 
@@ -11,7 +11,9 @@ def get_config(size="tiny"):
         "a2c",
         value="shared",  # whose states the value head reads: shared, own, reward (as in configs/common.py)
         gamma=1.0,
-        gae_lambda=0.95,
+        returns="gae",  # or n_step
+        gae_lambda=0.95,  # of gae
+        n_step=5,  # tokens whose rewards are summed before the value takes over, of n_step
         value_coeff=0.1,
         whiten_rewards=False,  # without shifting their mean
         whiten_advantages=True,

@@ -50,6 +50,7 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         components=("learned",),
         weights=(1.0,),  # one a component; 0: measured only
         normalise="none",  # of each component before it is added: none, batch, group
+        clip=(),  # then each is kept within +-this, one a component, 0: no bound; empty: none has one
         timeout_seconds=60.0,  # of a function, a batch
         failure_score=0.0,  # of a completion that a function could not score
     )
@@ -98,6 +99,10 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         reward_clip=0.0,  # 0: none
         missing_eos_rule="none",  # for a completion without an end token: none, penalty (subtracted), replace
         missing_eos_value=0.0,
+        # DAPO's soft penalty: subtracted in full from a completion of data.completion_tokens, in proportion within the
+        # last so many tokens. 0: none.
+        overlong_buffer_tokens=0,
+        overlong_penalty=1.0,  # reward units
     )
     config.evaluation = dict(
         batch_size=32,  # prompts
@@ -150,7 +155,7 @@ def stage(*, steps, batch_size, learning_rate) -> config_dict.ConfigDict:
 OFFLINE = ("steps", "batch_size", "num_microbatches", "train", "eval_every_steps", "optimizer")
 ONLINE = (*OFFLINE, "num_completions", "rollout_epochs", "num_minibatches", "stop_approx_kl",
           "reward_reference_batches", "kl_coeff", "kl_kind", "kl_target", "kl_horizon", "entropy_coeff", "reward_clip",
-          "missing_eos_rule", "missing_eos_value")  # fmt: skip
+          "missing_eos_rule", "missing_eos_value", "overlong_buffer_tokens", "overlong_penalty")  # fmt: skip
 
 
 def instead_of(config, old: str, name: str, shared: tuple[str, ...], **own) -> None:
@@ -178,6 +183,13 @@ def from_reward(size: str, name: str, **own) -> config_dict.ConfigDict:
     instead_of(config, "ppo", name, ONLINE, **own)
     config.stages = (*first_stages(size), "reward_model", name, "evaluation")
     return config
+
+
+# Of rows whose completions are judged against their group.
+GROUPS = dict(
+    mask_truncated=False,  # completions without an end token are judged, but not trained on
+    max_refills=0,  # rollouts of other prompts a step may draw in the place of groups of equal rewards; 0: none
+)
 
 
 def in_groups(config, name: str, num_completions: int) -> None:

@@ -10,6 +10,8 @@ def get_config(size="tiny"):
         size,
         "rloo",
         ratio_clip=0.2,  # half-width of the interval around a completion's ratio of 1; 0: none
+        whiten_advantages=False,
+        **common.GROUPS,
     )
     common.in_groups(config, "rloo", 4)
     return config

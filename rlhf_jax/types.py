@@ -26,6 +26,8 @@ class GroupedBatch:
     # [B, G, R] int32, of packed rows alone, in which a completion is several examples, one after the other: the number
     # of a token's example, 0 in the padding. Tokens read their own example; completion_mask is 1 on what is learned.
     segments: jax.Array | None = None
+    # The greedy completion of each prompt, scored, G = 1: ReMax's baseline.
+    greedy: "GroupedBatch | None" = None
 
 
 @flax.struct.dataclass

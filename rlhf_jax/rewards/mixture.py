@@ -31,6 +31,12 @@ class Component:
     clip_low: float = -math.inf  # in the units after normalising
     clip_high: float = math.inf
 
+    def as_it_comes(self) -> "Component":
+        """Without normalising, and without a clip that was in the units after it."""
+        if self.normalise == "none":
+            return self
+        return dataclasses.replace(self, normalise="none", clip_low=-math.inf, clip_high=math.inf)
+
     def __post_init__(self):
         where = f"reward {self.name!r}: "
         if not math.isfinite(self.weight):

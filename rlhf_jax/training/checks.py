@@ -16,13 +16,13 @@ POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_min
             "reward_reference_batches", "keep_latest", "eps", "clip_epsilon", "value_clip", "ptx_batch_size",
             "clip_low", "clip_high", "beta", "discopop_tau", "timeout_seconds", "kl_horizon", "max_kl",
             "head_multiplier", "num_beams", "repetition_penalty", "max_kl_per_token", "cg_iterations",
-            "cg_tolerance", "backtrack_factor")  # fmt: skip
+            "cg_tolerance", "backtrack_factor", "n_step")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps",
                 "weight_decay", "clip_norm", "value_coeff", "ptx_coeff", "stop_approx_kl",
                 "clip_epsilon_high", "entropy_coeff", "reward_clip", "dual_clip", "ratio_clip",
                 "center_coeff", "eval_every_steps", "held_out_prompts", "held_out_pairs", "vocab_chunk",
                 "min_new_tokens", "num_samples", "keep_best", "layers", "packed_tokens", "cg_damping",
-                "backtrack_steps")  # fmt: skip
+                "backtrack_steps", "max_refills", "overlong_buffer_tokens", "overlong_penalty")  # fmt: skip
 FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p", "min_p", "label_smoothing",
             "backtrack_factor", "accept_ratio")  # fmt: skip
 CHOICES = {
@@ -76,6 +76,8 @@ def check_config(config, known_stages) -> None:
             if name not in config:
                 raise InputError(f"config.stages has {name!r}, of which this config has no section.")
             _check_stage(name, config[name])
+            if ALGORITHMS[name].online:
+                _check_rollouts(name, config)
     longest = config.data.prompt_tokens + config.data.completion_tokens + 1
     if "sft" in config.stages and 0 < config.sft.packed_tokens < longest:
         raise InputError(
@@ -117,3 +119,16 @@ def _check_stage(name, section):
     wrong = settings_of(name, section).check()
     if wrong:
         raise InputError(f"config.{name}.{wrong}")
+
+
+def _check_rollouts(name, config):
+    buffer, longest = config[name].overlong_buffer_tokens, config.data.completion_tokens
+    if buffer > longest:
+        raise InputError(
+            f"config.{name}.overlong_buffer_tokens is {buffer}, more than config.data.completion_tokens {longest}."
+        )
+    if ALGORITHMS[name].greedy_baseline and config.rewards.normalise != "none":
+        raise InputError(
+            f"config.rewards.normalise is {config.rewards.normalise!r}, which scores a sample against other samples: "
+            f"{name} could not compare it with its greedy completion. Expected none."
+        )

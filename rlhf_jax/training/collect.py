@@ -1,6 +1,8 @@
-"""One rollout of a run: prompts to completions, their rewards, and the targets that the algorithm trains on.
+"""One step's rollout of a run: prompts to completions, their rewards, and the targets that the algorithm trains on.
 
 Between rollout.py, which knows arrays, and online.py, which knows steps. Knows no loss and nothing of the loop."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 
 from rlhf_jax.data.batching import pad_prompts
 from rlhf_jax.data.formats import readable
+from rlhf_jax.losses.masking import masked_mean
 from rlhf_jax.models import heads, roles
 from rlhf_jax.rewards import rules
 from rlhf_jax.training import rollout
@@ -17,25 +20,70 @@ from rlhf_jax.training.scoring import Rewards
 
 
 class Collector:
-    """collector(state, prompts, key) -> (batch with targets, metrics). Waits for the device only to read texts."""
+    """collector(state, prompts, key) -> (prompts, batch with targets, metrics).
+
+    Waits for the device to read texts, and to see which groups teach nothing where these are replaced; else never.
+    """
 
     def __init__(
         self, run: Run, section, algorithm: Algorithm, settings, network: Network, rewards: Rewards, reward
     ):
         """section: the algorithm's, of the config. reward: the learned reward's Role; None without one."""
         self.run, self.section, self.rewards, self.reward = run, section, rewards, reward
+        self.algorithm, self.settings = algorithm, settings
         self.network, self.sampling = network, run.sampling(section.num_completions)
         self.gold = rules.RULES[run.gold] if run.gold else None
         self.scorer = rollout.make_scorer(network, run.eos_ids)
         self.prepare = rollout.make_prepare(algorithm, settings, network)
+        self.max_refills = 0
+        if algorithm.teaches is not None:
+            self.max_refills = settings.max_refills
+            self.teaches = jax.jit(functools.partial(algorithm.teaches, settings))
         self.values_of = jax.jit(
             lambda base, role, batch: heads.apply(
                 role.head, roles.predicting_states(network.model, base, role, batch)
             )
         )
 
-    def __call__(self, state, chosen, key):
-        """`chosen`: (prompt, ids) each; may be short: the rows that fill the batch weigh nothing."""
+    def __call__(self, state, chosen, key, more=None):
+        """(prompts that it is of, batch, metrics).
+
+        Args:
+          chosen: (prompt, ids) each; may be short: the rows that fill the batch weigh nothing.
+          more: n -> (as many other prompts, key), pure in n < settings.max_refills: groups that teach nothing are
+            replaced by groups of these. None: no group is.
+        """
+        batch, metrics = self.scored(state, chosen, key)
+        if self.max_refills and more is not None:
+            # How good the policy is, before what it has learned already is left out; the rest of the metrics is of
+            # what is trained on.
+            first = masked_mean(batch.scores, batch.weights * jnp.isfinite(batch.scores))
+            chosen, batch, told = self.refill(state, chosen, batch, more)
+            metrics = {"reward": first} | metrics | told
+        frozen = {"base": self.run.base}
+        if self.settings.reads_policy:
+            frozen["policy"] = state.trained["policy"]
+        batch, prepared = self.prepare(frozen, state.controllers, batch)
+        # Rewards are told as they come: normalised ones have the mean 0 whatever the policy does.
+        return chosen, batch, prepared | metrics
+
+    def refill(self, state, chosen, batch, more):
+        """(prompts, batch, metrics) with groups that teach in the place of those that do not, while there are any."""
+        good, refills = np.array(self.teaches(batch)), 0
+        metrics = {"zero_variance_fraction": 1 - good.mean()}
+        while not good.all() and refills < self.max_refills:
+            others, key = more(refills)
+            extra, _ = self.scored(state, others, key)
+            source = np.arange(len(good))
+            found = np.flatnonzero(self.teaches(extra))
+            replaced = np.flatnonzero(~good)[: len(found)]
+            source[replaced], good[replaced] = len(good) + found[: len(replaced)], True
+            batch = _groups(batch, extra, source)
+            chosen, refills = [[*chosen, *others][i] for i in source], refills + 1
+        return chosen, batch, metrics | {"refills": refills, "filled_fraction": good.mean()}
+
+    def scored(self, state, chosen, key):
+        """(batch with scores, metrics of their components)."""
         size = self.section.batch_size
         filled = [*chosen, *chosen[-1:] * (size - len(chosen))]
         batch = self.sample(state, filled, key)
@@ -43,8 +91,12 @@ class Collector:
             real = jnp.arange(size)[:, None] < len(chosen)
             batch = batch.replace(weights=batch.weights * real)
         scores, metrics = self.score(state, filled, batch)
-        batch, more = self.prepare({"base": self.run.base}, state.controllers, batch.replace(scores=scores))
-        return batch, metrics | more
+        if self.algorithm.greedy_baseline:
+            policy, arrays = state.trained["policy"], self.arrays(filled)
+            greedy = rollout.greedy(self.network, self.run.base, policy, arrays, self.sampling)
+            baseline, _ = self.score(state, filled, greedy)  # what is told is of the samples
+            batch = batch.replace(greedy=greedy.replace(scores=baseline))
+        return batch.replace(scores=scores), metrics
 
     def sample(self, state, chosen, key):
         """Completions with log-probabilities, and values if there is a value role."""
@@ -84,3 +136,13 @@ class Collector:
     def arrays(self, chosen):
         run = self.run
         return run.put(pad_prompts([ids for _, ids in chosen], run.prompt_length, run.tokenizer.pad_id))
+
+
+@jax.jit
+def _taken(batch, extra, source):
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y])[source], batch, extra)
+
+
+def _groups(batch, extra, source):
+    """Group n of the result is source[n] of batch and extra put one after the other; it lies as `batch` does."""
+    return jax.tree.map(lambda x, old: jax.device_put(x, old.sharding), _taken(batch, extra, source), batch)

@@ -67,7 +67,14 @@ def online(run: Run, name: str) -> None:
 
     def step(state, position):
         chosen = data.batch(position)
-        batch, metrics = collect(state, chosen, jax.random.fold_in(jax.random.fold_in(rng, 2), position))
+
+        def more(n):
+            """Prompts beyond those of all steps, and a key: by position, so that a resumed run draws the same."""
+            n += position * collect.max_refills
+            return data.batch(section.steps + n), jax.random.fold_in(jax.random.fold_in(rng, 5), n)
+
+        key = jax.random.fold_in(jax.random.fold_in(rng, 2), position)
+        chosen, batch, metrics = collect(state, chosen, key, more)
         state, update_metrics = update(state, frozen, batch, rows_of(position))
         metrics |= update_metrics | {"learning_rate": schedule(position * updates_a_step)}
         if algorithm.control is not None:
@@ -92,7 +99,7 @@ def online(run: Run, name: str) -> None:
             return total
         for first in range(0, len(held_out), section.batch_size):
             chosen = held_out[first : first + section.batch_size]
-            batch, metrics = collect(state, chosen, jax.random.fold_in(jax.random.fold_in(rng, 4), first))
+            _, batch, metrics = collect(state, chosen, jax.random.fold_in(jax.random.fold_in(rng, 4), first))
             metrics = jax.device_get(metrics) | collect.rows(chosen, batch)[0]
             for name, value in metrics.items():
                 total[name] = total.get(name, 0.0) + float(value) * len(chosen) / len(held_out)

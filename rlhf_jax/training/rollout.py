@@ -2,6 +2,7 @@
 
 Knows no loss. What runs on the device is dispatched without waiting; reading it is the caller's, one step later."""
 
+import dataclasses
 import functools
 
 import jax
@@ -32,6 +33,12 @@ def sample(network: Network, base: dict, policy: Role, prompts, rng, sampling, h
     )
 
 
+def greedy(network: Network, base: dict, policy: Role, prompts, sampling) -> GroupedBatch:
+    """The most likely completion of each prompt, by the token: one each, whatever `sampling` draws."""
+    sampling = dataclasses.replace(sampling, temperature=0.0, num_completions=1)
+    return sample(network, base, policy, prompts, jax.random.key(0), sampling)  # the key draws nothing
+
+
 def make_scorer(network: Network, eos_ids: tuple[int, ...]):
     """Jitted (base, reward role, batch, mean, std) -> [B, G] normalised learned reward."""
 
@@ -45,12 +52,16 @@ def make_scorer(network: Network, eos_ids: tuple[int, ...]):
 def make_prepare(algorithm, settings, network: Network):
     """Jitted (frozen, controllers, batch with scores) -> (batch with targets, metrics).
 
-    A completion whose reward is not finite is taken out of every loss and statistic, and counted.
+    A completion whose reward (or baseline) is not finite is taken out of every loss and statistic, and counted.
     """
 
     @jax.jit
     def prepare(frozen, controllers, batch):
         finite = jnp.isfinite(batch.scores)
+        if batch.greedy is not None:
+            known = jnp.isfinite(batch.greedy.scores)
+            baseline = jnp.where(known, batch.greedy.scores, 0.0)
+            batch, finite = batch.replace(greedy=batch.greedy.replace(scores=baseline)), finite & known
         lost = 1.0 - masked_mean(finite.astype(jnp.float32), batch.weights)
         batch = batch.replace(scores=jnp.where(finite, batch.scores, 0.0), weights=batch.weights * finite)
         batch, metrics = algorithm.prepare(settings, network, frozen, controllers, batch)

@@ -3,7 +3,7 @@
 Knows no algorithm. A learned reward alone stays on the device; text is decoded only for functions that read it."""
 
 import contextlib
-import dataclasses
+import math
 from collections import Counter
 
 import numpy as np
@@ -27,6 +27,13 @@ def check(section) -> None:
             f"config.rewards.weights has {len(section.weights)} values for {len(section.components)} components; "
             "give one each."
         )
+    if section.clip and len(section.clip) != len(section.components):
+        raise InputError(
+            f"config.rewards.clip has {len(section.clip)} values for {len(section.components)} components; give one "
+            "each, 0 where there is no bound, or none at all."
+        )
+    if any(not bound >= 0 for bound in section.clip):
+        raise InputError(f"config.rewards.clip is {tuple(section.clip)}; expected numbers of 0 or more.")
     _components(section)
     for spec in section.components:
         if spec != LEARNED:
@@ -37,10 +44,11 @@ def _components(section) -> list[mixture.Component]:
     """One a component; rewards of the same name are numbered."""
     names = [spec if spec == LEARNED else specs.parse(spec).name for spec in section.components]
     seen, components = Counter(), []
-    for name, weight in zip(names, section.weights, strict=True):
+    bounds = [float(bound) or math.inf for bound in section.clip] or [math.inf] * len(names)
+    for name, weight, bound in zip(names, section.weights, bounds, strict=True):
         seen[name] += 1
         name = name if seen[name] == 1 else f"{name}_{seen[name]}"
-        components.append(mixture.Component(name, float(weight), section.normalise))
+        components.append(mixture.Component(name, float(weight), section.normalise, -bound, bound))
     return components
 
 
@@ -68,7 +76,7 @@ class Rewards(contextlib.AbstractContextManager):
     def plain(self) -> bool:
         """Whether the learned reward is all there is, as it comes."""
         (first, *others), learned_alone = self.components, self._functions == [None]
-        return learned_alone and not others and first.weight == 1 and first.normalise == "none"
+        return learned_alone and not others and first == mixture.Component(LEARNED)
 
     def check_fields(self, prompts: list) -> None:
         """Raises: InputError if a function needs a field that no record of the prompts has."""
@@ -106,7 +114,7 @@ class Rewards(contextlib.AbstractContextManager):
             failures.append(failed.mean())
         components = self.components
         if not normalise:
-            components = [dataclasses.replace(one, normalise="none") for one in components]
+            components = [one.as_it_comes() for one in components]
         total, metrics = mixture.mix(components, scores, mask)
         # As the scores come: normalised ones have the mean 0 whatever the policy does.
         metrics["reward"] = sum(one.weight * metrics[f"reward/{one.name}"] for one in components)

@@ -14,6 +14,7 @@ from ml_collections.config_dict import ConfigDict
 from experiments import cli, evaluate, export, pipeline
 from experiments import run as run_command
 from rlhf_jax.errors import InputError, Interrupted, NumericsError
+from rlhf_jax.rewards import rules
 from rlhf_jax.training import loop, online
 from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.metrics import read_metrics
@@ -118,8 +119,8 @@ def role_tensors(workdir, stage):
     return load_file(os.path.join(workdir, "roles", stage, "adapter_model.safetensors"))
 
 
-def assert_same_policy(one, other):
-    a, b = role_tensors(one, "ppo"), role_tensors(other, "ppo")
+def assert_same_policy(one, other, stage="ppo"):
+    a, b = role_tensors(one, stage), role_tensors(other, stage)
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
@@ -179,9 +180,8 @@ def test_another_config_in_the_same_workdir_is_refused(finished):
         run_small(finished, "ppo.kl_coeff=0.3")
 
 
-def test_resuming_gives_the_same_bits_at_every_step(finished, tmp_path, monkeypatch):
-    """Stopped by a signal after each step of PPO in turn, the run ends with the policy of the unbroken one."""
-    workdir = copy_without(finished, tmp_path / "broken", "roles/ppo", "checkpoints/ppo", "report.html")
+def stop_after_each_step(monkeypatch):
+    """Every run of an online stage is stopped by a signal during its first step."""
     real = online.train
 
     def stopping(*args, **kwargs):
@@ -194,19 +194,26 @@ def test_resuming_gives_the_same_bits_at_every_step(finished, tmp_path, monkeypa
         return real(args[0], args[1], step, **kwargs)
 
     monkeypatch.setattr(online, "train", stopping)
+
+
+def test_resuming_gives_the_same_bits_at_every_step(finished, tmp_path, monkeypatch):
+    """Stopped by a signal after each step of PPO in turn, the run ends with the policy of the unbroken one."""
+    workdir = copy_without(finished, tmp_path / "broken", "roles/ppo", "checkpoints/ppo", "report.html")
+    stop_after_each_step(monkeypatch)
     for _ in range(3):
         with pytest.raises(Interrupted, match="Run the same command"):
             run_small(workdir)
     monkeypatch.undo()
     run_small(workdir)
     assert_same_policy(finished, workdir)
-    ppo = [m for m in read_metrics(workdir / "metrics.jsonl") if m["stage"] == "ppo"]
-    assert [m["step"] for m in ppo] == [1, 2, 3, 4]
-    before = [m for m in read_metrics(finished / "metrics.jsonl") if m["stage"] == "ppo"]
-    for a, b in zip(before, ppo, strict=True):
-        assert {k: v for k, v in a.items() if k not in CLOCK} == {
-            k: v for k, v in b.items() if k not in CLOCK
-        }
+    assert [m["step"] for m in timeless(workdir, "ppo")] == [1, 2, 3, 4]
+    assert timeless(workdir, "ppo") == timeless(finished, "ppo")
+
+
+def timeless(workdir, stage):
+    """The metrics of a stage without what depends on the clock."""
+    rows = [m for m in read_metrics(workdir / "metrics.jsonl") if m["stage"] == stage]
+    return [{name: value for name, value in m.items() if name not in CLOCK} for m in rows]
 
 
 CLOCK = ("time", "step_seconds", "tokens_per_second")
@@ -318,6 +325,31 @@ def test_every_algorithm_runs_from_its_config(finished, tmp_path, monkeypatch, n
     assert (workdir / "report.html").exists() and (workdir / "roles" / name).exists()
     section = cli.load_config(f"configs/{name}.py:tiny", [])[name]
     assert set(reads.unread(section, name)) == set()
+
+
+def test_groups_that_are_replaced_are_the_same_when_resumed(finished, tmp_path, monkeypatch):
+    """Dynamic sampling draws prompts and keys by position; the texts written down are those trained on."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    changes = ("grpo.steps=2", "grpo.batch_size=16", "grpo.num_completions=2", "grpo.max_refills=2",
+               "grpo.rollout_epochs=1", "rewards.components=('sentiment',)", "stages=('sft','grpo')")  # fmt: skip
+    for workdir in (whole, broken):
+        for part in ("base", "roles/sft"):
+            shutil.copytree(finished / part, workdir / part)
+    run_small(whole, *changes, config="grpo")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_after_each_step(patch)
+        run_small(broken, *changes, config="grpo")
+    run_small(broken, *changes, config="grpo")
+    assert_same_policy(whole, broken, "grpo")
+    rows = timeless(whole, "grpo")
+    assert rows == timeless(broken, "grpo") and all(m["refills"] >= 1 for m in rows)
+    assert all(m["filled_fraction"] > 1 - m["zero_variance_fraction"] for m in rows)
+    texts = [(workdir / "completions" / "grpo.jsonl").read_text() for workdir in (whole, broken)]
+    assert texts[0] == texts[1]
+    for row in map(json.loads, texts[0].splitlines()):
+        assert row["reward"] == pytest.approx(
+            rules.sentiment([row["prompt"]], [row["completion"]])[0], abs=1e-6
+        )
 
 
 def test_a_policy_is_tuned_on_functions_without_a_reward_model(finished, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from rlhf_jax.losses.advantages import (
     gae,
     group_relative,
     leave_one_out,
+    n_step_returns,
     shaped_rewards,
 )
 
@@ -48,6 +49,39 @@ def test_gae(gamma, lam, scale):
     expected = gae_reference(rewards, values, gamma, lam)
     np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-5 * scale)
     np.testing.assert_allclose(returns, (expected + values) * MASK, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("gamma", [1.0, 0.5, 0.0])
+def test_n_step_returns(n, gamma):
+    """Row 4 has a gap, which is stepped over."""
+    rewards, values = arrays(2)
+    expected = np.zeros(MASK.shape)
+    for b in range(len(MASK)):
+        steps = np.flatnonzero(MASK[b])
+        for i, t in enumerate(steps):
+            expected[b, t] = sum(gamma**k * np.float64(rewards[b, u]) for k, u in enumerate(steps[i : i + n]))
+            if i + n < len(steps):
+                expected[b, t] += gamma**n * np.float64(values[b, steps[i + n]])
+    advantages, returns = n_step_returns(dirty(rewards), dirty(values), jnp.array(MASK), n, gamma)
+    np.testing.assert_allclose(returns, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(advantages, expected - values * MASK, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n, lam", [(1, 0.0), (5, 1.0), (99, 1.0)])
+def test_one_step_and_all_steps_are_the_ends_of_gae(n, lam):
+    rewards, values = arrays(2, 3)
+    arguments = dirty(rewards), dirty(values), jnp.array(MASK)
+    for ours, theirs in zip(n_step_returns(*arguments, n, 0.9), gae(*arguments, 0.9, lam), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_n_step_returns_by_hand():
+    # 1 + 0.5 * 2 + 0.25 * V_2 = 2 + 0.25 * 8; then 2 + 0.5 * 4; then 4 alone.
+    rewards, values = jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[0.0, 0.0, 8.0]])
+    advantages, returns = n_step_returns(rewards, values, jnp.ones((1, 3)), 2, 0.5)
+    np.testing.assert_allclose(returns, [[4.0, 4.0, 4.0]])
+    np.testing.assert_allclose(advantages, [[4.0, 4.0, -4.0]])
 
 
 def test_gae_by_hand_steps_over_a_gap():

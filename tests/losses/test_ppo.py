@@ -57,6 +57,17 @@ def test_value_and_gradient(clip, dual, seed, slope_of):
     np.testing.assert_allclose(grad, slope_of(reference, logprobs), atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gradient_is_zero_where_the_clip_binds_and_nowhere_else(seed):
+    logprobs, old, advantages = inputs(3, seed, scale=0.8)
+    loss = lambda lp: clipped_policy_loss(lp, old, advantages, jnp.array(MASK), (0.2, 0.3))
+    grad, metrics = jax.grad(loss, has_aux=True)(jnp.asarray(logprobs))
+    ratio, real = np.exp(np.float64(logprobs) - old), MASK > 0
+    binds = real & (((ratio < 0.8) & (advantages < 0)) | ((ratio > 1.3) & (advantages > 0)))
+    np.testing.assert_array_equal(np.asarray(grad) == 0, binds | ~real)
+    np.testing.assert_allclose(metrics["clip_fraction"], binds.sum() / real.sum(), rtol=1e-6)
+
+
 def test_dual_clip_bounds_what_a_bad_token_costs():
     # r = 10, A = -1: 10 without, 3 with, and no gradient then.
     loss = lambda lp: clipped_policy_loss(

@@ -80,7 +80,7 @@ def test_every_completion_is_ended_once():
     np.testing.assert_array_equal(ended.completion_mask.sum(-1), [[6, 2], [1, 5]])
 
 
-def test_heads_begin_as_in_the_papers_code():
+def test_b11_heads_begin_as_in_the_papers_code():
     reward, value = heads.init_reward(jax.random.key(0), 4096), heads.init_value(4096)
     np.testing.assert_allclose(reward["kernel"].std(), 4097**-0.5, rtol=0.05)  # not 1 / 4097
     assert reward["bias"] == 0 and not value["kernel"].any() and value["bias"] == 0

@@ -46,6 +46,18 @@ def test_normalise_each_then_sum_is_not_sum_then_normalise():
     np.testing.assert_allclose(each, a + b, atol=1e-3)
 
 
+def test_gdpo_is_group_here_and_batch_in_the_algorithm():
+    """arXiv:2601.05242: each reward by its group, their weighted sum by the batch. No reward's size matters."""
+    x, y = (np.random.default_rng(seed).normal(3, 2, (4, 5)) for seed in (0, 1))
+    components = [Component("x", 2.0, "group"), Component("y", 1.0, "group")]
+    group = lambda r: (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 1e-4)
+    total = 2 * group(x) + group(y)
+    expected = (total - total.mean()) / (total.std(ddof=1) + 1e-4)
+    for size in (1.0, 100.0):
+        mixed, _ = mix(components, [jnp.float32(x), jnp.float32(size * y)])
+        np.testing.assert_allclose(group_relative(mixed, "batch"), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("over", ["group", "batch"])
 def test_equal_scores_are_exactly_zero_and_one_alone_too(over):
     seven = jnp.full((2, 7), 0.1)

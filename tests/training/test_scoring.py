@@ -15,13 +15,14 @@ def ends_with(completions, ending):
 """
 
 
-def section(*components, weights=None, normalise="none"):
+def section(*components, weights=None, normalise="none", clip=()):
     weights = (1.0,) * len(components) if weights is None else weights
     return config_dict.ConfigDict(
         dict(
             components=components,
             weights=weights,
             normalise=normalise,
+            clip=clip,
             timeout_seconds=20.0,
             failure_score=0.0,
         )
@@ -78,6 +79,21 @@ def test_normalised_components_are_trained_on_and_plain_ones_told():
     np.testing.assert_allclose(plain, [[1, 0.5, 0], [0.5, 0.5, 0.5]])
 
 
+def test_clips_are_of_each_component_in_the_units_after_normalising():
+    texts = [["a b", "a", ""], ["a", "a", "a"]]  # 1, 0.5, 0 and 0.5 each
+    with scoring.Rewards(section("length:target=2", "length:target=1", clip=(0.75, 0.0)), print) as rewards:
+        total, metrics = rewards.total(None, prompts(x=[0, 0]), texts)
+        np.testing.assert_allclose(total, [[0.75, 1.5, 0], [1.5, 1.5, 1.5]])
+        np.testing.assert_allclose(metrics["reward/length"], 0.5)  # as it came
+    with scoring.Rewards(section("length:target=2", normalise="group", clip=(0.5,)), print) as rewards:
+        total, _ = rewards.total(None, prompts(x=[0, 0]), texts)
+        plain, _ = rewards.total(None, prompts(x=[0, 0]), texts, normalise=False)
+    np.testing.assert_allclose(total, [[0.5, 0, -0.5], [0, 0, 0]])
+    np.testing.assert_allclose(plain, [[1, 0.5, 0], [0.5, 0.5, 0.5]])
+    with scoring.Rewards(section("learned", clip=(3.0,)), print) as rewards:
+        assert not rewards.plain
+
+
 def test_a_field_that_one_record_lacks_costs_that_record_alone(module):
     said, asked = [], section(f"{module}:ends_with")
     records = prompts(ending=["b", "!"]) + [Prompt("no record", None)]
@@ -109,6 +125,8 @@ def test_the_same_rule_twice_has_two_names():
         (section("learned", weights=(1.0, 2.0)), "weights has 2 values for 1 components"),
         (section("sentimant"), "did you mean 'sentiment'"),
         (section("learned", normalise="all"), "normalise is 'all'"),
+        (section("learned", clip=(1.0, 2.0)), "clip has 2 values for 1 components"),
+        (section("learned", clip=(-1.0,)), "clip is \\(-1.0,\\); expected numbers of 0 or more"),
         (section("length:target=x"), "target is 'x'; expected a whole number"),
     ],
 )

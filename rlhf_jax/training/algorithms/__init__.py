@@ -1,15 +1,21 @@
 """The table of algorithms: how a batch gets its targets, the objective inside the gradient, the roles it trains.
 
 An algorithm is a pure loss from losses/ plus the few lines here that feed it: supervised.py (SFT, reward models),
-preference.py (DPO, KTO, ORPO, CPO, SimPO), actor_critic.py (PPO, A2C), natural_gradient.py (TRPO), critic_free.py
-(REINFORCE, RLOO, the GRPO family); shared.py is what online rows have in common, row.py what a row is. Knows no
-config object, file or clock."""
+preference.py (DPO, KTO, ORPO, CPO, SimPO), actor_critic.py (PPO, A2C), natural_gradient.py (TRPO), reinforce.py
+(REINFORCE and its baselines), groups.py (RLOO, the GRPO family); shared.py is what online rows have in common,
+critic_free.py what those without a value role have, row.py what a row is. Knows no config object, file or clock."""
 
-from rlhf_jax.training.algorithms import actor_critic, critic_free, natural_gradient, preference, supervised
+from rlhf_jax.training.algorithms import (
+    actor_critic,
+    groups,
+    natural_gradient,
+    preference,
+    reinforce,
+    supervised,
+)
 from rlhf_jax.training.algorithms.row import Algorithm, Network
 
 __all__ = ["ALGORITHMS", "Algorithm", "Network"]
 
-ALGORITHMS: dict[str, Algorithm] = (
-    supervised.ROWS | preference.ROWS | actor_critic.ROWS | natural_gradient.ROWS | critic_free.ROWS
-)
+ROOMS = (supervised, preference, actor_critic, natural_gradient, reinforce, groups)
+ALGORITHMS: dict[str, Algorithm] = {name: row for room in ROOMS for name, row in room.ROWS.items()}

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from rlhf_jax.losses.advantages import gae, shaped_rewards
+from rlhf_jax.losses.advantages import gae, n_step_returns, shaped_rewards
 from rlhf_jax.losses.masking import masked_mean, masked_whiten
 from rlhf_jax.losses.policy_gradient import policy_gradient_loss
 from rlhf_jax.losses.ppo import VALUE_LOSSES, clipped_policy_loss, value_loss
@@ -13,18 +13,38 @@ from rlhf_jax.training.algorithms.shared import OnlineSettings, kl_control, scor
 
 
 @dataclasses.dataclass(frozen=True)
-class A2CSettings(OnlineSettings):
-    """Mnih et al. 2016, arXiv:1602.01783, in one synchronous batch, with GAE for its n-step returns."""
-
+class CriticSettings(OnlineSettings):
     gamma: float = 1.0
     gae_lambda: float = 0.95
     value_coeff: float = 0.1
     whiten_rewards: bool = False  # without shifting the mean
     whiten_advantages: bool = True
 
+    def estimate(self, rewards, values, mask):
+        """(advantages, returns), [N, R] each."""
+        return gae(rewards, values, mask, self.gamma, self.gae_lambda)
+
 
 @dataclasses.dataclass(frozen=True)
-class PPOSettings(A2CSettings):
+class A2CSettings(CriticSettings):
+    """Mnih et al. 2016, arXiv:1602.01783, in one synchronous batch."""
+
+    returns: str = "gae"  # or n_step, as in the paper
+    n_step: int = 5  # tokens, of n_step
+
+    def check(self) -> str | None:
+        if self.returns not in ("gae", "n_step"):
+            return f"returns is {self.returns!r}; expected one of gae, n_step."
+        return super().check()
+
+    def estimate(self, rewards, values, mask):
+        if self.returns == "n_step":
+            return n_step_returns(rewards, values, mask, self.n_step, self.gamma)
+        return super().estimate(rewards, values, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOSettings(CriticSettings):
     """Schulman et al. 2017, arXiv:1707.06347."""
 
     clip_epsilon: float = 0.2
@@ -65,7 +85,7 @@ def prepare(settings, network, frozen, controllers, batch):
     if settings.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     values = sequences(batch.old_values)
-    advantages, returns = gae(rewards, values, mask, settings.gamma, settings.gae_lambda)
+    advantages, returns = settings.estimate(rewards, values, mask)
     if settings.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     like = lambda x: x.reshape(batch.completion_mask.shape)

@@ -15,7 +15,7 @@ from rlhf_jax.losses import fisher
 from rlhf_jax.losses.masking import masked_mean
 from rlhf_jax.losses.policy_gradient import policy_gradient_loss
 from rlhf_jax.training.algorithms import actor_critic
-from rlhf_jax.training.algorithms.actor_critic import A2CSettings
+from rlhf_jax.training.algorithms.actor_critic import CriticSettings
 from rlhf_jax.training.algorithms.row import Algorithm
 from rlhf_jax.training.algorithms.shared import kl_control, sequences, token_mask
 from rlhf_jax.training.trust_region import trust_region
@@ -23,7 +23,7 @@ from rlhf_jax.training.update import microbatches
 
 
 @dataclasses.dataclass(frozen=True)
-class TRPOSettings(A2CSettings):
+class TRPOSettings(CriticSettings):
     """Schulman et al. 2015, arXiv:1502.05477, with GAE (arXiv:1506.02438)."""
 
     max_kl_per_token: float = 0.01  # nats, mean over tokens, of KL(before || after) the step; never exceeded

@@ -36,6 +36,10 @@ class Algorithm:
     optimizer: Callable | None = None
     # (settings, network, trained, frozen, batch) -> {name: what that optimizer reads beside the gradient}
     extras: Callable | None = None
+    greedy_baseline: bool = False  # `prepare` reads batch.greedy
+    # (settings, scored batch) -> [B] bool: the groups that teach; settings.max_refills says how often to draw others in
+    # the place of the rest. None: all do
+    teaches: Callable | None = None
 
     @property
     def online(self) -> bool:

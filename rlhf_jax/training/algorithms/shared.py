@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.losses import kl
+from rlhf_jax.losses.advantages import overlong
 from rlhf_jax.losses.masking import masked_mean
 from rlhf_jax.models import roles
 from rlhf_jax.training.algorithms.row import Settings
@@ -22,20 +23,30 @@ class OnlineSettings(Settings):
     reward_clip: float = 0.0  # scores clipped to +-this, 0: none
     missing_eos_rule: str = "none"  # a completion without an end token: none, penalty (subtracted), replace
     missing_eos_value: float = 0.0
+    overlong_buffer_tokens: int = (
+        0  # the last tokens allowed, in which the penalty grows to its whole; 0: none
+    )
+    overlong_penalty: float = 1.0  # of a completion of the longest length allowed
     entropy_coeff: float = 0.0
 
     @property
     def reads_reference(self) -> bool:
         return bool(self.kl_coeff)
 
+    @property
+    def reads_policy(self) -> bool:
+        """Whether `prepare` needs the policy itself, in frozen["policy"], and not only what it sampled."""
+        return False
+
 
 def scored(settings, network, frozen, controllers, batch):
     """(batch with reference, scores [N] after every rule, metrics) of a rollout of N = B * G completions."""
     mask, finished = token_mask(batch), batch.finished.reshape(-1)
     metrics = _score_metrics(batch, finished, mask)
-    scores = _missing_eos(settings, batch.scores.reshape(-1), finished)
-    if settings.reward_clip:
-        scores = jnp.clip(scores, -settings.reward_clip, settings.reward_clip)
+    scores = ruled_scores(settings, batch).reshape(-1)
+    if settings.overlong_buffer_tokens:
+        reached = (_overlong(settings, batch) > 0).reshape(-1)
+        metrics["overlong_fraction"] = masked_mean(reached, batch.weights.reshape(-1))
     if settings.reads_reference:
         reference, _, _ = network.logprobs(frozen["base"], roles.Role(), batch)
         batch = batch.replace(ref_logprobs=reference)
@@ -70,6 +81,21 @@ def token_mask(batch):
 
 def sequence_mean(per_token, mask, batch):
     return masked_mean(jnp.where(mask > 0, per_token, 0.0).sum(-1), batch.weights.reshape(-1))
+
+
+def ruled_scores(settings, batch):
+    """[B, G] scores after every rule: missing end, clip, and after the clip, so that it is always felt, overlong."""
+    scores = _missing_eos(settings, batch.scores, batch.finished)
+    if settings.reward_clip:
+        scores = jnp.clip(scores, -settings.reward_clip, settings.reward_clip)
+    if settings.overlong_buffer_tokens:
+        scores = scores - settings.overlong_penalty * _overlong(settings, batch)
+    return scores
+
+
+def _overlong(settings, batch):
+    mask = batch.completion_mask
+    return overlong(mask.sum(-1), mask.shape[-1], settings.overlong_buffer_tokens)
 
 
 def _missing_eos(settings, scores, finished):
