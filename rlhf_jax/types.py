@@ -26,6 +26,7 @@ class GroupedBatch:
     # [B, G, R] int32, of packed rows alone, in which a completion is several examples, one after the other: the number
     # of a token's example, 0 in the padding. Tokens read their own example; completion_mask is 1 on what is learned.
     segments: jax.Array | None = None
+    soft_labels: jax.Array | None = None  # [B] float32, probability that completion 0 of a pair is the better
 
 
 @flax.struct.dataclass
