@@ -157,6 +157,12 @@ ONLINE = (*OFFLINE, "num_completions", "rollout_epochs", "num_minibatches", "sto
           "reward_reference_batches", "kl_coeff", "kl_kind", "kl_target", "kl_horizon", "entropy_coeff", "reward_clip",
           "missing_eos_rule", "missing_eos_value", "overlong_buffer_tokens", "overlong_penalty")  # fmt: skip
 
+REFERENCE = dict(
+    reference="base",  # scored at each step; or cached: its log-probabilities are computed once, before the first step
+    reference_sync_steps=0,  # TR-DPO (arXiv:2404.09656): it moves to the policy each so many steps; 0: never
+    reference_sync_mix=0.6,  # of the policy in the reference then; 1: a copy of the policy
+)
+
 
 def instead_of(config, old: str, name: str, shared: tuple[str, ...], **own) -> None:
     """config.NAME in the place of config.OLD, with its values of the keys that both have, and keys of its own."""

@@ -13,4 +13,5 @@ def get_config(size="tiny"):
         beta=0.1,  # reward units a nat
         desirable_weight=1.0,
         undesirable_weight=1.0,
+        **common.REFERENCE,
     )

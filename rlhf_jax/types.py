@@ -28,6 +28,7 @@ class GroupedBatch:
     segments: jax.Array | None = None
     # The greedy completion of each prompt, scored, G = 1: ReMax's baseline.
     greedy: "GroupedBatch | None" = None
+    soft_labels: jax.Array | None = None  # [B] float32, probability that completion 0 of a pair is the better
 
 
 @flax.struct.dataclass

@@ -135,8 +135,12 @@ class ResumableData:
 
     def batch(self, position: int) -> list:
         """The records of one batch, a pure function of `position`, which counts batches from 0."""
+        return [self.records[i] for i in self.indices(position)]
+
+    def indices(self, position: int) -> list[int]:
+        """Where those stand in `records`, for what is kept beside them."""
         start = position * self.batch_size
-        return [self.records[int(self._order[i])] for i in range(start, start + self.batch_size)]
+        return [int(self._order[i]) for i in range(start, start + self.batch_size)]
 
     def batches(self, position: int = 0) -> Iterator[list]:
         """Every batch from `position` on, without end."""
@@ -150,7 +154,7 @@ class ResumableData:
 
     def fingerprint(self) -> dict:
         """What decides every batch, as JSON values, to save beside the position; see `check_fingerprint`."""
-        hashes = [_digest(_content(record)) for record in self.records]
+        hashes = record_hashes(self.records)
         order = [int(self._order[i]) for i in range(min(len(hashes), 1000))]
         return {
             "num_records": len(hashes),
@@ -161,6 +165,11 @@ class ResumableData:
             "batch_size": self.batch_size,
             **self._identity,
         }
+
+
+def record_hashes(records: Sequence) -> list[str]:
+    """One of the contents of each record."""
+    return [_digest(_content(record)) for record in records]
 
 
 def check_fingerprint(saved: dict, now: dict):

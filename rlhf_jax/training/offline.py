@@ -11,15 +11,18 @@ from rlhf_jax.data import batching, formats, packing
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import roles
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.training import reference as references
 from rlhf_jax.training import state as states
 from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.loop import StepOutput, train
 from rlhf_jax.training.run import Run, all_dropped, announce, optimizer_of, resumable, settings_of
 from rlhf_jax.training.update import make_update
+from rlhf_jax.types import GroupedBatch
 
 
 def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict, packed_tokens: int = 0):
-    """Train on (prompt ids, completions' ids) groups. Returns held-out scores [N, G], if a reward is trained.
+    """Train on (prompt ids, completions' ids) groups, or such pairs with a soft label. Returns held-out scores [N, G],
+    if a reward is trained.
 
     packed_tokens: 0, or the length of the rows into which groups of one completion are packed; a batch then holds
       `batch_size` rows.
@@ -42,22 +45,26 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict,
             return packing.batch(
                 chosen, row_tokens=packed_tokens, pad_id=run.tokenizer.pad_id, batch_size=batch_size
             )
-        return batching.group(
-            [prompt for prompt, _ in chosen],
-            [completions for _, completions in chosen],
-            prompt_length=lengths[0],
-            completion_length=lengths[1],
-            pad_id=run.tokenizer.pad_id,
-            batch_size=batch_size,
-        )
+        return grouped(chosen, batch_size, lengths=lengths, pad_id=run.tokenizer.pad_id)
 
+    fingerprint, ref_logprobs = data.fingerprint(), {}
+    if settings.reference == "cached":
+        sets = {"train": records, "held_out": held_out}
+        identity = fingerprint | {"held_out": batching.record_hashes(held_out)}
+        ref_logprobs = references.kept_logprobs(run, name, sets, make_batch, section.batch_size, identity)
     optimizer, schedule = optimizer_of(section, section.steps)
-    update = jax.jit(
-        make_update(objective, optimizer, num_microbatches=section.num_microbatches), donate_argnums=0
-    )
+    update, follower = make_update(objective, optimizer, num_microbatches=section.num_microbatches), None
+    if settings.reference_sync_steps:
+        mix = settings.reference_sync_mix
+        follower = references.follower(trained["policy"], frozen["base"], mix)
+        update = references.synced(update, settings.reference_sync_steps, mix, run.lora)
+    update = jax.jit(update, donate_argnums=0)
 
     def step(state, position):
-        batch = make_batch(data.batch(position))
+        indices = data.indices(position)
+        batch = make_batch([records[i] for i in indices])
+        if ref_logprobs:
+            batch = batch.replace(ref_logprobs=ref_logprobs["train"][indices])
         state, metrics = update(state, frozen, run.put(batch))
         metrics = metrics | {"learning_rate": schedule(position)}
         if packed_tokens:
@@ -76,10 +83,15 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict,
         return weight, {"loss": loss} | metrics, scores
 
     def held_out_pass(state):
-        parts = []
-        for i in range(0, len(held_out), section.batch_size):
-            batch = make_batch(held_out[i : i + section.batch_size], section.batch_size)
-            parts.append(jax.device_get(measure(state.trained, frozen, run.put(batch))))
+        parts, size = [], section.batch_size
+        given = frozen if follower is None else frozen | {"reference": state.reference}
+        for i in range(0, len(held_out), size):
+            batch = make_batch(held_out[i : i + size], size)
+            if ref_logprobs:
+                found = ref_logprobs["held_out"][i : i + size]
+                missing = ((0, size - len(found)), (0, 0), (0, 0))
+                batch = batch.replace(ref_logprobs=np.pad(found, missing))
+            parts.append(jax.device_get(measure(state.trained, given, run.put(batch))))
         return parts
 
     def evaluate(state):
@@ -91,7 +103,7 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict,
         }
 
     with meshes.activate(run.mesh):
-        state = states.create(trained, optimizer, run.rng(name), {}, run.model.config, run.mesh)
+        state = states.create(trained, optimizer, run.rng(name), {}, run.model.config, run.mesh, follower)
         announce(run, name, trained, f"{what}, {section.batch_size} a step")
         state = train(
             name,
@@ -99,7 +111,7 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict,
             step,
             total_steps=section.steps,
             workdir=run.workdir,
-            fingerprint=data.fingerprint(),
+            fingerprint=fingerprint,
             logging=run.logging(name),
             console=run.console,
             stop=run.stop,
@@ -126,18 +138,19 @@ def examples(run: Run, key: str) -> list[tuple]:
 
 
 def encode_groups(run: Run, groups, packed_tokens: int = 0) -> list[tuple[list[int], list[list[int]]]]:
-    """(prompt, completions as text, row or nothing) -> (prompt ids, ids of each completion, ended by an end token).
+    """(prompt, completions as text, row or nothing, more) -> (prompt ids, ids of each completion, ended by an end
+    token, the same more).
 
     A single completion of an empty prompt is plain text: it is cut into pieces that fill a row of `packed_tokens`, or
     (0) a prompt of one token and the longest completion.
     """
     data, encoded = run.config.data, []
-    for prompt, completions, *row in groups:
+    for prompt, completions, *more in groups:
         if prompt == "":
             ids = run.tokenizer.encode_text(*completions)
             encoded += packing.pieces(ids, packed_tokens or data.completion_tokens + 2)
             continue
-        ids = run.encode_prompt(prompt, *row)
+        ids = run.encode_prompt(prompt, *more[:1])
         if ids is not None:
             encoded.append(
                 (
@@ -146,6 +159,7 @@ def encode_groups(run: Run, groups, packed_tokens: int = 0) -> list[tuple[list[i
                         run.tokenizer.encode_completion(c, data.completion_tokens + 1, allow_truncation=True)
                         for c in completions
                     ],
+                    *more[1:],
                 )
             )
     if groups and not encoded:
@@ -155,4 +169,21 @@ def encode_groups(run: Run, groups, packed_tokens: int = 0) -> list[tuple[list[i
 
 def longest(records) -> tuple[int, int]:
     """(longest prompt, longest completion) in tokens: the shape of every batch of these records."""
-    return max(len(prompt) for prompt, _ in records), max(len(c) for _, group in records for c in group)
+    return max(len(record[0]) for record in records), max(len(c) for record in records for c in record[1])
+
+
+def grouped(records, batch_size: int | None = None, *, lengths: tuple[int, int], pad_id: int) -> GroupedBatch:
+    """Records, all with or all without a soft label, as one batch; filled up to `batch_size` with rows of weight 0."""
+    prompts, completions, *labels = zip(*records, strict=True)
+    batch = batching.group(
+        prompts,
+        completions,
+        prompt_length=lengths[0],
+        completion_length=lengths[1],
+        pad_id=pad_id,
+        batch_size=batch_size,
+    )
+    if labels:
+        missing = batch.prompt_ids.shape[0] - len(records)
+        batch = batch.replace(soft_labels=np.pad(np.float32(labels[0]), (0, missing), constant_values=1.0))
+    return batch

@@ -15,7 +15,7 @@ from rlhf_jax.training import preferences
 from rlhf_jax.training.algorithms import ALGORITHMS, preference
 from rlhf_jax.training.offline import encode_groups, examples, offline
 from rlhf_jax.training.online import online
-from rlhf_jax.training.run import Run, held_out
+from rlhf_jax.training.run import Run, held_out, settings_of
 
 
 def sft(run: Run) -> None:
@@ -64,10 +64,21 @@ def preference_pairs(run: Run):
 
 def on_preferences(run: Run, name: str) -> None:
     """The policy from preferences alone (DPO and relatives)."""
-    train, test = (
-        encode_groups(run, [(pair.prompt, (pair.chosen, pair.rejected), pair.row) for pair in pairs])
-        for pairs in preference_pairs(run)
-    )
+    sets, smoothing = preference_pairs(run), None
+    if any(pair.soft_label is not None for pairs in sets for pair in pairs):
+        settings = settings_of(name, run.config[name])
+        if settings.reads_soft_labels:
+            smoothing = settings.label_smoothing
+        else:
+            run.console.note(f"{name}: soft_label of the pairs is not read; dpo with loss_type sigmoid does")
+
+    def group(pair):
+        whole = (pair.prompt, (pair.chosen, pair.rejected), pair.row)
+        if smoothing is None:
+            return whole
+        return (*whole, 1.0 - smoothing if pair.soft_label is None else pair.soft_label)
+
+    train, test = (encode_groups(run, [group(pair) for pair in pairs]) for pairs in sets)
     trained = {"policy": run.new_role(run.rng(name), run.config[name].train, run.base)}
     offline(run, name, train, test, trained, {"base": run.base})
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import sharding
 
 
@@ -17,10 +18,19 @@ class TrainState:
     step: jax.Array  # int32, finished steps of this stage
     rng: jax.Array  # the stage's key; step n draws from fold_in(rng, n), so nothing random is carried
     controllers: dict  # float32 scalars that adapt: kl_coeff, the normalisation of rewards, ...
+    reference: Role | None = (
+        None  # one that follows the policy (training/reference.py); None: the frozen base
+    )
 
 
 def create(
-    trained: dict, optimizer: optax.GradientTransformation, rng, controllers: dict, config, mesh
+    trained: dict,
+    optimizer: optax.GradientTransformation,
+    rng,
+    controllers: dict,
+    config,
+    mesh,
+    reference: Role | None = None,
 ) -> TrainState:
     """A fresh state, every array placed on the mesh and the state's own: updates donate it. config: LlamaConfig."""
     rng = jax.random.fold_in(rng, 0)
@@ -32,7 +42,9 @@ def create(
     everywhere = sharding.replicated(mesh)
     controllers = {name: jnp.asarray(value, jnp.float32) for name, value in controllers.items()}
     step, rng, controllers = jax.device_put((jnp.int32(0), rng, controllers), everywhere)
-    return TrainState(trained, opt_state, step, rng, controllers)
+    if reference is not None:
+        reference = jax.device_put(reference, sharding.role_shardings(reference, config, mesh))
+    return TrainState(trained, opt_state, step, rng, controllers, reference)
 
 
 def trained_shardings(trained: dict, config, mesh) -> dict:

@@ -25,6 +25,10 @@ ONLINE = [name for name, row in ALGORITHMS.items() if row.online]
 VARIANTS = (
     [(name, {}) for name, row in ALGORITHMS.items() if "policy" in row.trains]
     + [("dpo", dict(loss_type=x, label_smoothing=0.1)) for x in ("ipo", "exo_pair", "sft")]
+    + [
+        ("dpo", dict(loss_type="sigmoid,ipo", loss_weights=(1.0, 0.5))),
+        ("dpo", dict(loss_type="ipo", wpo=True)),
+    ]
     + [("dpo", dict(tail_weight=0.3)), ("dpo", dict(f_divergence="js")), ("cpo", dict(loss_type="cpo_ipo"))]
     + [("grpo", dict(loss_type=x, entropy_coeff=0.1)) for x in grpo.LOSSES]
     + [("grpo", dict(advantage_scale="batch", kl_coeff=0.0)), ("rloo", dict(ratio_clip=0.2))]
@@ -51,6 +55,9 @@ class Bigrams(Network):
 
     def unembedding(self, base, role):
         return role.params(base)["unembedding"]
+
+    def log_collision(self, base, role, states):
+        return jax.nn.logsumexp(2 * jax.nn.log_softmax(jax.lax.stop_gradient(states)), axis=-1)
 
 
 def bigrams(seed):

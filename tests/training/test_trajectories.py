@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from rlhf_jax.checkpoints import huggingface
 from rlhf_jax.models.llama import Llama
@@ -36,6 +37,11 @@ def golden(name):
 
 
 def losses(algorithm, config, trained, batch, steps):
+    return train(algorithm, config, trained, {"base": None}, batch, steps)[0]
+
+
+def train(algorithm, config, trained, frozen, batch, steps):
+    """(loss at each step, the trained roles)."""
     row = ALGORITHMS[algorithm]
     optimizer = make_optimizer(1e-3, **ADAMW)
     objective = functools.partial(row.objective, row.settings(), Network(Llama(config), vocab_chunk=40))
@@ -43,9 +49,9 @@ def losses(algorithm, config, trained, batch, steps):
     state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jax.random.key(0), {})
     found = []
     for _ in range(steps):
-        state, metrics = update(state, {"base": None}, batch)
+        state, metrics = update(state, frozen, batch)
         found.append(float(metrics["loss"]))
-    return found
+    return found, state.trained
 
 
 def test_sft(checkpoint):
@@ -66,3 +72,22 @@ def test_reward_model(checkpoint):
     found = losses("reward_model", config, {"reward": role}, batch, 5)
     assert expected["losses"][0] - expected["losses"][-1] > 0.01
     np.testing.assert_allclose(found, expected["losses"], rtol=TOLERANCE)
+
+
+def test_dpo(checkpoint, tmp_path):
+    """Also the weights at the end, by the names that they have on the hub."""
+    config, params = checkpoint
+    batch, expected = golden("dpo")
+    found, trained = train("dpo", config, {"policy": Role(base=params)}, {"base": params}, batch, 5)
+    assert expected["losses"][0] - expected["losses"][-1] > 0.5
+    np.testing.assert_allclose(found, expected["losses"], rtol=TOLERANCE)
+    before, after = {}, {}
+    for weights, saved in ((params, before), (trained["policy"].base, after)):
+        huggingface.save_llama(str(tmp_path), config, weights)
+        for file in tmp_path.glob("*.safetensors"):
+            saved |= load_file(file)
+    assert set(after) == {name.removeprefix("final/") for name in expected if name.startswith("final/")}
+    for name, weight in after.items():
+        end = expected[f"final/{name}"]
+        off, moved, size = (np.linalg.norm(x) for x in (weight - end, end - before[name], end))
+        assert off < TOLERANCE * size and moved > 100 * off, name

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+from rlhf_jax.losses.collision import fused_log_collision
 from rlhf_jax.losses.logprobs import fused_token_logprobs
 from rlhf_jax.models import roles
 from rlhf_jax.models.llama import Llama, unembedding
@@ -11,6 +12,9 @@ from rlhf_jax.models.llama import Llama, unembedding
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The values of a row; each has the name of its key in the row's section of the config."""
+
+    # Of the rows that have them; without a type these are no fields, hence no keys.
+    reference, reference_sync_steps, reads_soft_labels = "base", 0, False
 
     def check(self) -> str | None:
         """What is wrong with them, as "key is value; expected ...", or None."""
@@ -73,3 +77,8 @@ class Network:
     def unembedding(self, base: dict, role: roles.Role):
         """[D, V]: what turns states into logits."""
         return unembedding(role.params(base))
+
+    def log_collision(self, base: dict, role: roles.Role, states):
+        """log sum_v p(v)^2 of the distributions that `states` [B, G, R, D] predict: [B, G, R] nats, no gradient."""
+        head = unembedding(role.params(base))
+        return fused_log_collision(states, head, chunk_size=self.vocab_chunk, temperature=self.temperature)
