@@ -53,7 +53,7 @@ def _forward(size, hidden, unembedding, token_ids, temperature):
 
     def fold(carry, start):
         top, total, weighted, chosen = carry
-        logits, fresh = _piece(size, hidden, unembedding, temperature, start)
+        logits, fresh = vocabulary_piece(size, hidden, unembedding, temperature, start)
         new_top = jnp.maximum(top, logits.max(-1))
         mass = jnp.exp(logits - new_top[:, None])
         shrink = jnp.exp(top - new_top)
@@ -67,7 +67,7 @@ def _forward(size, hidden, unembedding, token_ids, temperature):
         return (new_top, total, weighted, chosen), None
 
     carry = (jnp.full(N, -jnp.inf), jnp.zeros(N), jnp.zeros(N), jnp.zeros(N))
-    starts = _starts(size, unembedding.shape[-1])
+    starts = piece_starts(size, unembedding.shape[-1])
     if len(starts) == 1:
         carry, _ = fold(carry, 0)
     else:
@@ -77,18 +77,29 @@ def _forward(size, hidden, unembedding, token_ids, temperature):
     return chosen - normaliser, normaliser - weighted / total, normaliser
 
 
-def _starts(size, V):
+def piece_starts(size, V):
     """First column of each piece. The last piece is moved back to end at V, and counts only what is new in it."""
     return [min(start, V - size) for start in range(0, V, size)]
 
 
-def _piece(size, hidden, unembedding, temperature, start):
+def vocabulary_piece(size, hidden, unembedding, temperature, start):
     """(logits [N, size] float32 of the columns from `start`, -inf where an earlier piece had them; which are new)."""
     columns = jax.lax.dynamic_slice_in_dim(unembedding, start, size, axis=1).astype(hidden.dtype)
     logits = jnp.dot(hidden, columns, preferred_element_type=jnp.float32) / temperature
     # Only the last piece can overlap, and it starts past a multiple of size by what it was moved.
     fresh = (start + jnp.arange(size) >= -(-start // size) * size)[None]
     return jnp.where(fresh, logits, -jnp.inf), fresh
+
+
+def join_pieces(pieces, starts, unembedding):
+    """The gradient of the whole [D, V] from those of its pieces [pieces, D, size]; zeros where there are none."""
+    if pieces is None:
+        return jnp.zeros_like(unembedding)
+    D, V = unembedding.shape
+    size = pieces.shape[-1]
+    last = V - starts[-1] - (V - size * (len(starts) - 1))  # columns of the last piece that were not new
+    whole = pieces[:-1].swapaxes(0, 1).reshape(D, -1)
+    return jnp.concatenate([whole, pieces[-1][:, last:]], axis=1).astype(unembedding.dtype)
 
 
 def _fused_forward(size, hidden, unembedding, token_ids, temperature):
@@ -108,7 +119,7 @@ def _fused_backward(size, saved, cotangents):
 
     def add(carry, start):
         d_hidden, d_temperature = carry
-        logits, fresh = _piece(size, hidden, unembedding, temperature, start)
+        logits, fresh = vocabulary_piece(size, hidden, unembedding, temperature, start)
         logp = logits - normaliser[:, None]
         p = jnp.exp(logp)
         picked = (start + jnp.arange(size))[None] == token_ids[:, None]
@@ -125,17 +136,13 @@ def _fused_backward(size, saved, cotangents):
         return (d_hidden, d_temperature), d_columns
 
     carry = (jnp.zeros(hidden.shape, jnp.float32), jnp.float32(0.0))
-    starts = _starts(size, V)
+    starts = piece_starts(size, V)
     if len(starts) == 1:
         carry, pieces = add(carry, 0)
         pieces = None if pieces is None else pieces[None]
     else:
         carry, pieces = jax.lax.scan(add, carry, jnp.array(starts))
-    d_unembedding = jnp.zeros_like(unembedding)
-    if pieces is not None:
-        last = V - starts[-1] - (V - size * (len(starts) - 1))  # columns of the last piece that were not new
-        whole = pieces[:-1].swapaxes(0, 1).reshape(hidden.shape[-1], -1)
-        d_unembedding = jnp.concatenate([whole, pieces[-1][:, last:]], axis=1).astype(unembedding.dtype)
+    d_unembedding = join_pieces(pieces, starts, unembedding)
     return carry[0].astype(hidden.dtype), d_unembedding, None, carry[1]
 
 

@@ -14,7 +14,7 @@ POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_min
             "alpha", "prompt_tokens", "completion_tokens", "num_pairs", "num_completions", "save_every_steps",
             "log_every_steps", "samples_every_steps", "coin_scale", "reward_reference_batches", "keep_latest", "eps",
             "clip_epsilon", "value_clip", "ptx_batch_size", "clip_low", "clip_high", "beta", "discopop_tau",
-            "timeout_seconds", "kl_horizon", "max_kl", "head_multiplier")  # fmt: skip
+            "timeout_seconds", "kl_horizon", "kl_budget_rate", "max_kl", "head_multiplier")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps", "weight_decay",
                 "clip_norm", "value_coeff", "ptx_coeff", "stop_approx_kl", "clip_epsilon_high", "entropy_coeff",
                 "reward_clip", "dual_clip", "ratio_clip", "center_coeff", "eval_every_steps", "held_out_prompts",
@@ -25,7 +25,8 @@ CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
     "train": ("lora", "full"),
     "value": ("shared", "own", "reward"),
-    "kl_kind": ("k1", "k2", "k3"),
+    "kl_kind": ("k1", "k2", "k3", "exact"),
+    "kl_control": ("fixed", "adaptive", "budget"),
     "missing_eos_rule": ("none", "penalty", "replace"),
     "loss": ("logsigmoid", "logexp"),
     "pooling": ("last", "mean"),

@@ -28,6 +28,7 @@ class Collector:
         self.gold = rules.RULES[run.gold] if run.gold else None
         self.scorer = rollout.make_scorer(network, run.eos_ids)
         self.prepare = rollout.make_prepare(algorithm, settings, network)
+        self.policy_where_read = lambda state: {"policy": state.trained["policy"]} if settings.reads_policy else {}
         self.values_of = jax.jit(
             lambda base, role, batch: heads.apply(
                 role.head, roles.predicting_states(network.model, base, role, batch)
@@ -43,7 +44,8 @@ class Collector:
             real = jnp.arange(size)[:, None] < len(chosen)
             batch = batch.replace(weights=batch.weights * real)
         scores, metrics = self.score(state, filled, batch)
-        batch, more = self.prepare({"base": self.run.base}, state.controllers, batch.replace(scores=scores))
+        seen = {"base": self.run.base} | self.policy_where_read(state)
+        batch, more = self.prepare(seen, state.controllers, batch.replace(scores=scores))
         return batch, metrics | more
 
     def sample(self, state, chosen, key):

@@ -5,15 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses import grpo, kl
-from rlhf_jax.losses.advantages import discounted_returns, group_relative, leave_one_out, shaped_rewards
+from rlhf_jax.losses import grpo
+from rlhf_jax.losses.advantages import discounted_returns, group_relative, leave_one_out, rewards_less_kl
 from rlhf_jax.losses.masking import masked_mean, masked_whiten
 from rlhf_jax.losses.policy_gradient import policy_gradient_loss
 from rlhf_jax.losses.ppo import clipped_policy_loss
 from rlhf_jax.training.algorithms.row import Algorithm
 from rlhf_jax.training.algorithms.shared import (
     OnlineSettings,
-    kl_control,
+    control_kl,
     scored,
     sequences,
     token_mask,
@@ -33,7 +33,7 @@ class ReinforceSettings(OnlineSettings):
     def check(self) -> str | None:
         if self.baseline not in ("running", "none"):
             return f"baseline is {self.baseline!r}; expected one of running, none."
-        return None
+        return super().check()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,9 @@ class RLOOSettings(OnlineSettings):
 
     ratio_clip: float = 0.0  # half-width of the interval around a completion's ratio of 1; 0: none
 
+    def check(self) -> str | None:
+        return _no_exact_reward(self) or super().check()
+
 
 @dataclasses.dataclass(frozen=True)
 class GRPOSettings(OnlineSettings):
@@ -62,21 +65,35 @@ class GRPOSettings(OnlineSettings):
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_loss_coeff: float = 0.04  # of the KL in the loss, nats a token; 0: none
-    kl_loss_kind: str = "k3"  # k1, k2, k3, or k3+: value of k3, gradient of k2
+    kl_loss_kind: str = "k3"  # k1, k2, k3, k3+ (value of k3, gradient of k2), exact (over the whole vocabulary)
 
     @property
-    def reads_reference(self) -> bool:
-        return bool(self.kl_coeff or self.kl_loss_coeff)
+    def kl_coefficients(self) -> dict[str, float]:
+        return super().kl_coefficients | {"kl_loss_coeff": self.kl_loss_coeff}
+
+    @property
+    def keeps_reference_states(self) -> bool:
+        return bool(self.kl_loss_coeff) and self.kl_loss_kind == "exact"
 
     def check(self) -> str | None:
         for name, value, known in (
             ("loss_type", self.loss_type, grpo.LOSSES),
-            ("kl_loss_kind", self.kl_loss_kind, grpo.KL_KINDS),
+            ("kl_loss_kind", self.kl_loss_kind, (*grpo.KL_KINDS, "exact")),
             ("advantage_scale", self.advantage_scale, ("group", "batch", "none")),
         ):
             if value not in known:
                 return f"{name} is {value!r}; expected one of {', '.join(known)}."
-        return None
+        return _no_exact_reward(self) or super().check()
+
+
+def _no_exact_reward(settings):
+    """One advantage a completion has no place for each token's own share of the exact KL (shared._penalty)."""
+    if settings.kl_coeff and settings.kl_kind == "exact":
+        return (
+            "kl_kind is 'exact', which needs an advantage for each token; expected k1, k2 or k3 (or, with grpo, "
+            "kl_coeff 0 and kl_loss_kind exact)."
+        )
+    return None
 
 
 def reinforce_prepare(settings, network, frozen, controllers, batch):
@@ -93,7 +110,7 @@ def reinforce_prepare(settings, network, frozen, controllers, batch):
 
 
 def reinforce_control(settings, controllers, metrics, num_sequences):
-    controllers = kl_control(settings, controllers, metrics, num_sequences)
+    controllers = control_kl(settings, controllers, metrics, num_sequences)
     mean = BASELINE_DECAY * controllers["baseline"] + (1 - BASELINE_DECAY) * metrics["return"]
     return controllers | {"baseline": mean}
 
@@ -136,8 +153,13 @@ def rloo_objective(settings, network, trained, frozen, controllers, batch, rng):
 
 
 def grpo_objective(settings, network, trained, frozen, controllers, batch, rng):
-    logprobs, old, mask, entropy = _policy(network, trained, frozen, batch)
+    logprobs, old, mask, entropy, states = _policy_and_states(network, trained, frozen, batch)
     reference = sequences(batch.ref_logprobs) if settings.kl_loss_coeff else None
+    controlled = settings.kl_loss_coeff and settings.kl_control != "fixed"
+    beta = controllers["kl_loss_coeff"] if controlled else settings.kl_loss_coeff
+    exact = None
+    if settings.keeps_reference_states:
+        exact = sequences(network.full_kl(frozen["base"], trained["policy"], states, batch.ref_states))
     loss, metrics = grpo.grpo_loss(
         logprobs,
         old,
@@ -146,14 +168,16 @@ def grpo_objective(settings, network, trained, frozen, controllers, batch, rng):
         mask,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
-        beta=settings.kl_loss_coeff,
+        beta=beta,
         kl_kind=settings.kl_loss_kind,
+        token_kl=exact,
         loss_type=settings.loss_type,
         max_length=mask.shape[-1],
     )
     # `kl` is the rollout's, before any update.
     if reference is not None:
-        metrics["kl_loss"] = metrics.pop("kl")
+        metrics["kl_loss_nats_per_completion"] = metrics.pop("kl")
+        metrics["kl_loss_coeff"] = jnp.asarray(beta, jnp.float32)
     gap = jax.lax.stop_gradient(jnp.where(mask > 0, logprobs - old, 0.0))
     metrics["ratio_max_gap"] = jnp.abs(jnp.expm1(gap)).max()
     by_token = settings.loss_type in ("bnpo", "dapo", "cispo")
@@ -162,31 +186,35 @@ def grpo_objective(settings, network, trained, frozen, controllers, batch, rng):
 
 def _returns(settings, network, frozen, controllers, batch):
     """(batch, returns-to-go [N, R] of scores less KL, mask, metrics)."""
-    batch, scores, metrics = scored(settings, network, frozen, controllers, batch)
-    mask, old = token_mask(batch), sequences(batch.old_logprobs)
-    reference = old if batch.ref_logprobs is None else sequences(batch.ref_logprobs)
-    rewards = shaped_rewards(scores, old, reference, mask, controllers["kl_coeff"], kind=settings.kl_kind)
-    return batch, discounted_returns(rewards, mask, settings.gamma), mask, metrics
+    batch, scores, penalty, metrics = scored(settings, network, frozen, controllers, batch)
+    mask = token_mask(batch)
+    rewards = rewards_less_kl(scores, penalty.charged, mask, controllers["kl_coeff"])
+    returns = discounted_returns(rewards, mask, settings.gamma)
+    if penalty.own is not None:
+        returns = returns - controllers["kl_coeff"] * penalty.own
+    return batch, returns, mask, metrics
 
 
 def _group_rewards(settings, network, frozen, controllers, batch):
     """(batch, scores less KL of the whole completion [B, G], metrics)."""
-    batch, scores, metrics = scored(settings, network, frozen, controllers, batch)
+    batch, scores, penalty, metrics = scored(settings, network, frozen, controllers, batch)
     rewards = scores.reshape(batch.weights.shape)
     counts = batch.weights > 0
     highest = jnp.where(counts, rewards, -jnp.inf).max(1)
     lowest = jnp.where(counts, rewards, jnp.inf).min(1)
     metrics["zero_variance_fraction"] = masked_mean((highest <= lowest).astype(jnp.float32), counts.any(1))
     if settings.kl_coeff:
-        log_ratio = kl.kl_estimate(batch.old_logprobs, batch.ref_logprobs, kind=settings.kl_kind)
-        distance = jnp.where(batch.completion_mask > 0, log_ratio, 0.0).sum(-1)
-        rewards = rewards - controllers["kl_coeff"] * distance
+        rewards = rewards - controllers["kl_coeff"] * penalty.charged.sum(-1).reshape(rewards.shape)
     return batch, rewards, metrics
 
 
 def _policy(network, trained, frozen, batch):
-    logprobs, entropy, _ = network.logprobs(frozen["base"], trained["policy"], batch)
-    return sequences(logprobs), sequences(batch.old_logprobs), token_mask(batch), sequences(entropy)
+    return _policy_and_states(network, trained, frozen, batch)[:-1]
+
+
+def _policy_and_states(network, trained, frozen, batch):
+    logprobs, entropy, states = network.logprobs(frozen["base"], trained["policy"], batch)
+    return sequences(logprobs), sequences(batch.old_logprobs), token_mask(batch), sequences(entropy), states
 
 
 def _finished(settings, loss, metrics, entropy, mask, num_sequences=None):
@@ -218,7 +246,7 @@ ROWS = {
         reinforce_control,
         controllers=("baseline",),
     ),
-    "reinforce_pp": Algorithm(ReinforcePPSettings, reinforce_pp_objective, reinforce_pp_prepare, kl_control),
-    "rloo": Algorithm(RLOOSettings, rloo_objective, rloo_prepare, kl_control),
-    "grpo": Algorithm(GRPOSettings, grpo_objective, grpo_prepare, kl_control),
+    "reinforce_pp": Algorithm(ReinforcePPSettings, reinforce_pp_objective, reinforce_pp_prepare, control_kl),
+    "rloo": Algorithm(RLOOSettings, rloo_objective, rloo_prepare, control_kl),
+    "grpo": Algorithm(GRPOSettings, grpo_objective, grpo_prepare, control_kl),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+from rlhf_jax.losses.full_kl import fused_kl
 from rlhf_jax.losses.logprobs import fused_token_logprobs
 from rlhf_jax.models import roles
 from rlhf_jax.models.llama import Llama, unembedding
@@ -57,3 +58,14 @@ class Network:
             temperature=self.temperature,
         )
         return logprobs, entropy, states
+
+    def full_kl(self, base: dict, role: roles.Role, states, reference_states):
+        """[B, G, R] nats: exact KL(role || reference) at each state [B, G, R, D]; gradient to the role alone."""
+        return fused_kl(
+            states,
+            unembedding(role.params(base)),
+            reference_states,
+            unembedding(base),
+            chunk_size=self.vocab_chunk,
+            temperature=self.temperature,
+        )
