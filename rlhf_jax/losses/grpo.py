@@ -71,7 +71,9 @@ def grpo_loss(
     """
     _check_arguments(ref_logprobs, beta, kl_kind, token_kl, loss_type, max_length)
     chex.assert_rank([logprobs, mask], 2)
-    chex.assert_equal_shape([logprobs, old_logprobs, mask, *(x for x in (ref_logprobs, token_kl) if x is not None)])
+    chex.assert_equal_shape(
+        [logprobs, old_logprobs, mask, *(x for x in (ref_logprobs, token_kl) if x is not None)]
+    )
     if advantages.ndim == 1:
         advantages = jnp.broadcast_to(advantages[:, None], (advantages.shape[0], mask.shape[1]))
     chex.assert_equal_shape([advantages, mask])

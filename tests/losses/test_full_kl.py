@@ -67,7 +67,9 @@ def test_logits_of_1e4(chunk_size):
     assert expected[0].max() > 1e4
     got = fused_kl(*arrays, chunk_size=chunk_size)
     np.testing.assert_allclose(got, expected[0], rtol=1e-6, atol=4e-3)  # units in the last place of 1e4
-    grads = jax.grad(lambda h, u: fused_kl(h, u, *arrays[2:], chunk_size=chunk_size).sum(), (0, 1))(*arrays[:2])
+    grads = jax.grad(lambda h, u: fused_kl(h, u, *arrays[2:], chunk_size=chunk_size).sum(), (0, 1))(
+        *arrays[:2]
+    )
     for a, b in zip(grads, expected[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from rlhf_jax.losses import grpo, preference
+from rlhf_jax.losses.full_kl import fused_kl
 from rlhf_jax.models import heads, lora
 from rlhf_jax.models.roles import Role
 from rlhf_jax.sampling.generate import SamplingConfig
@@ -28,6 +29,8 @@ VARIANTS = (
     + [("grpo", dict(loss_type=x, entropy_coeff=0.1)) for x in grpo.LOSSES]
     + [("grpo", dict(advantage_scale="batch", kl_coeff=0.0)), ("rloo", dict(ratio_clip=0.2))]
     + [("ppo", dict(value_loss="huber", clip_epsilon_high=0.4))]
+    + [("grpo", dict(kl_loss_kind="exact")), ("ppo", dict(kl_kind="exact"))]
+    + [("reinforce", dict(kl_kind="exact"))]
 )
 IDS = [f"{name}-{'-'.join(map(str, changes.values()))}".strip("-") for name, changes in VARIANTS]
 
@@ -43,6 +46,10 @@ class Bigrams:
         chosen = jnp.take_along_axis(logprobs, batch.completion_ids[..., None], axis=-1)[..., 0]
         entropy = -(jnp.exp(logprobs) * logprobs).sum(-1)
         return chosen, entropy, role.params(base)["states"][before]
+
+    def full_kl(self, base, role, states, reference_states):
+        heads = (x["table"][:WIDTH] for x in (role.params(base), base))
+        return fused_kl(states, next(heads), reference_states, next(heads), chunk_size=0)
 
 
 def bigrams(seed):
@@ -81,19 +88,20 @@ def make_batch(name):
     )
 
 
-def prepared(row, settings, network, base, batch):
+def prepared(row, settings, network, base, batch, policy):
     if not row.online:
         return batch
     controllers = {"kl_coeff": jnp.float32(0.1), "baseline": jnp.float32(0.2)}
-    return rollout.make_prepare(row, settings, network)({"base": base}, controllers, batch)[0]
+    return rollout.make_prepare(row, settings, network)({"base": base, "policy": policy}, controllers, batch)[
+        0
+    ]
 
 
 def gradient(name, changes, batch, microbatches=1):
     """(the update of plain gradient descent, metrics)."""
     row, network, base = ALGORITHMS[name], Bigrams(), bigrams(0)
-    settings = row.settings(**changes)
-    batch = prepared(row, settings, network, base, jax.tree.map(jnp.asarray, batch))
-    trained = make_roles(name)
+    settings, trained = row.settings(**changes), make_roles(name)
+    batch = prepared(row, settings, network, base, jax.tree.map(jnp.asarray, batch), trained["policy"])
     optimizer = optax.sgd(1.0)
     state = TrainState(trained, optimizer.init(trained), jnp.int32(0), jax.random.key(0), {})
     objective = functools.partial(row.objective, settings, network)

@@ -65,7 +65,9 @@ class GRPOSettings(OnlineSettings):
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_loss_coeff: float = 0.04  # of the KL in the loss, nats a token; 0: none
-    kl_loss_kind: str = "k3"  # k1, k2, k3, k3+ (value of k3, gradient of k2), exact (over the whole vocabulary)
+    kl_loss_kind: str = (
+        "k3"  # k1, k2, k3, k3+ (value of k3, gradient of k2), exact (over the whole vocabulary)
+    )
 
     @property
     def kl_coefficients(self) -> dict[str, float]:

@@ -11,6 +11,8 @@ from rlhf_jax.losses.masking import masked_mean
 from rlhf_jax.models import roles
 from rlhf_jax.training.algorithms.row import Settings
 
+BUDGET_REACH = 100.0  # a budget keeps its coefficient within this factor of where it started
+
 
 @dataclasses.dataclass(frozen=True)
 class OnlineSettings(Settings):
@@ -21,7 +23,7 @@ class OnlineSettings(Settings):
     kl_control: str = "fixed"  # adaptive (Ziegler et al.), or budget: dual ascent that ends at the target
     kl_target: float = 0.0  # nats a completion, of adaptive and budget
     kl_horizon: float = 10000.0  # completions, adaptive
-    kl_budget_rate: float = 0.1  # of dual ascent on the log of the coefficient, a step
+    kl_budget_rate: float = 0.3  # of dual ascent on the log of the coefficient, a step
     reward_clip: float = 0.0  # scores clipped to +-this, 0: none
     missing_eos_rule: str = "none"  # a completion without an end token: none, penalty (subtracted), replace
     missing_eos_value: float = 0.0
@@ -131,6 +133,7 @@ def control_kl(settings, controllers, metrics, num_sequences):
                 target=settings.kl_target,
                 rate=settings.kl_budget_rate,
                 previous_kl=controllers["kl_previous"],
+                bounds=(start / BUDGET_REACH, start * BUDGET_REACH),
             )
     return controllers | changed
 
