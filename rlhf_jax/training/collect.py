@@ -28,7 +28,9 @@ class Collector:
         self.gold = rules.RULES[run.gold] if run.gold else None
         self.scorer = rollout.make_scorer(network, run.eos_ids)
         self.prepare = rollout.make_prepare(algorithm, settings, network)
-        self.policy_where_read = lambda state: {"policy": state.trained["policy"]} if settings.reads_policy else {}
+        self.policy_where_read = lambda state: (
+            {"policy": state.trained["policy"]} if settings.reads_policy else {}
+        )
         self.values_of = jax.jit(
             lambda base, role, batch: heads.apply(
                 role.head, roles.predicting_states(network.model, base, role, batch)
