@@ -82,9 +82,13 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         value="shared",
         reward_reference_batches=2,  # rollouts of the reference over which rewards get mean 0 and deviation 1
         kl_coeff=0.05,  # reward units a nat of KL(policy || reference); 0: no reference log-probabilities
+        # k1, k2, k3, or exact: over the whole vocabulary, for one more forward of the policy. As a reward, k1 and exact
+        # have the gradient of KL; k2 and k3 do not, and near the reference hardly pull at all.
         kl_kind="k1",
-        kl_target=0.0,  # nats a completion, for the adaptive coefficient; 0: fixed
-        kl_horizon=10000.0,  # completions
+        kl_control="fixed",  # kl_coeff stays; or it moves: adaptive (Ziegler et al.), budget (ends at the target)
+        kl_target=0.0,  # nats a completion, of adaptive and budget
+        kl_horizon=10000.0,  # completions over which adaptive answers an error of 1
+        kl_budget_rate=0.3,  # of dual ascent on the log of kl_coeff, a step
         gamma=1.0,
         gae_lambda=0.95,  # 1: Monte Carlo returns
         clip_epsilon=0.2,
@@ -154,8 +158,9 @@ def stage(*, steps, batch_size, learning_rate) -> config_dict.ConfigDict:
 
 OFFLINE = ("steps", "batch_size", "num_microbatches", "train", "eval_every_steps", "optimizer")
 ONLINE = (*OFFLINE, "num_completions", "rollout_epochs", "num_minibatches", "stop_approx_kl",
-          "reward_reference_batches", "kl_coeff", "kl_kind", "kl_target", "kl_horizon", "entropy_coeff", "reward_clip",
-          "missing_eos_rule", "missing_eos_value", "overlong_buffer_tokens", "overlong_penalty")  # fmt: skip
+          "reward_reference_batches", "kl_coeff", "kl_kind", "kl_control", "kl_target", "kl_horizon",
+          "kl_budget_rate", "entropy_coeff", "reward_clip", "missing_eos_rule", "missing_eos_value",
+          "overlong_buffer_tokens", "overlong_penalty")  # fmt: skip
 
 REFERENCE = dict(
     reference="base",  # scored at each step; or cached: its log-probabilities are computed once, before the first step

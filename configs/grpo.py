@@ -19,7 +19,7 @@ def get_config(size="tiny"):
         clip_high=0.2,
         # Of the KL in the loss, nats a token. At 0.04, the paper's, smollm2 goes 17 nats away in 14 steps.
         kl_loss_coeff=0.15 if size == "smollm2" else 0.04,
-        kl_loss_kind="k3",  # k1, k2, k3, or k3+: value of k3, gradient of k2
+        kl_loss_kind="k3",  # k1, k2, k3, k3+ (value of k3, gradient of k2), exact (over the whole vocabulary)
         **common.GROUPS,
     )
     config.grpo.kl_coeff = 0.0  # of the KL in the reward

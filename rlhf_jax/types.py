@@ -20,6 +20,9 @@ class GroupedBatch:
     scores: jax.Array | None = None  # [B, G] float32, reward units; None until scored
     old_logprobs: jax.Array | None = None  # [B, G, R] float32, nats, under the policy that sampled
     ref_logprobs: jax.Array | None = None  # [B, G, R] float32, nats, under the reference
+    ref_states: jax.Array | None = (
+        None  # [B, G, R, D], the reference's, that predict each token; for an exact KL
+    )
     old_values: jax.Array | None = None  # [B, G, R] float32, reward units, when sampled
     advantages: jax.Array | None = None  # [B, G, R] float32, reward units (whitened where the algorithm says)
     returns: jax.Array | None = None  # [B, G, R] float32, reward units

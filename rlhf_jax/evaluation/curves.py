@@ -39,7 +39,7 @@ CURVES = {
     "completion_length": ("Completion length", "tokens", "other",
                           "Should stay steady. Drift is the commonest way of gaming a reward."),
     "finished_fraction": ("Finished", "share of completions", "other", "Completions that ended."),
-    "kl_coeff": ("KL coefficient", "reward units a nat", "kl", "The price of distance; adaptive."),
+    "kl_coeff": ("KL coefficient", "reward units a nat", "kl", "The price of distance, as its controller moves it."),
 }
 DISTRIBUTIONS = {
     "reward": ("Reward, before and after", "reward units",

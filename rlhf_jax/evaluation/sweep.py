@@ -68,27 +68,24 @@ def _measured(result):
             found[name] = after
             if is_number(before) and name != "kl":
                 found[f"{name}_change"] = after - before
-    found["curve"], found["biased_kl"] = training_curve(run)
+    found["curve"] = training_curve(run)
     return found
 
 
-def training_curve(workdir: Run) -> tuple[dict, bool]:
-    """({"kl", "reward", "gold_reward": lists over the steps of the last online stage}, whether its KL is biased).
+def training_curve(workdir: Run) -> dict:
+    """{"kl", "reward", "gold_reward": lists over the steps of the last online stage}; empty without such a stage.
 
-    Empty without such a stage, or where its KL is biased: that of kl_kind k2 is no distance to compare at."""
+    `kl` is unbiased whatever kl_kind is charged (that is another metric), so points of any kind can be compared."""
     stages = [stage for stage in workdir.rl_stages() if "completion_length" in workdir.names(stage)]
     if not stages:
-        return {}, False
-    section = workdir.config[stages[-1]] if stages[-1] in workdir.config else {}
-    if "kl_kind" in section and section["kl_kind"] == "k2":
-        return {}, True
+        return {}
     series = {name: workdir.series(stages[-1], name) for name in MEASURES}
     series = {name: pair for name, pair in series.items() if len(pair[0])}
     common = sorted(set.intersection(*(set(steps) for steps, _ in series.values())))
     if len(common) < 2 or len(series) < 2:
-        return {}, False
+        return {}
     kept = {name: values[np.isin(steps, common)] for name, (steps, values) in series.items()}
-    return {name: drawing.smooth(values).tolist() for name, values in kept.items()}, False
+    return {name: drawing.smooth(values).tolist() for name, values in kept.items()}
 
 
 def at_kl(kl: list, values: list, target: float) -> float | None:
@@ -135,12 +132,7 @@ def _notes(runs, equal_kl) -> list[str]:
             f"At KL {equal_kl:.3g} nats, the most that the run which moved least has reached: on each run's training "
             "batches, smoothed as in its report, where it first gets there."
         )
-    biased = dict.fromkeys(run["point"] for run in runs if run.get("biased_kl"))
-    if biased:
-        notes.append(
-            f"Not compared at equal KL: {', '.join(biased)}; its estimate of KL in training is biased (k2)."
-        )
-    without = [r["point"] for r in runs if r["status"] == 0 and not r["curve"] and not r["biased_kl"]]
+    without = [r["point"] for r in runs if r["status"] == 0 and not r["curve"]]
     if without:
         names = ", ".join(dict.fromkeys(without))
         notes.append(

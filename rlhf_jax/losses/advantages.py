@@ -26,9 +26,15 @@ def shaped_rewards(scores, logprobs, ref_logprobs, mask, kl_coeff, kind="k1"):
     Returns: [B, T] float32, 0 outside the mask; a row without a token gets nothing.
     """
     chex.assert_equal_shape([logprobs, ref_logprobs, mask])
-    chex.assert_shape(scores, mask.shape[:1])
     real = mask > 0
     kl = kl_estimate(jnp.where(real, logprobs, 0.0), jnp.where(real, ref_logprobs, 0.0), kind)
+    return rewards_less_kl(scores, kl, mask, kl_coeff)
+
+
+def rewards_less_kl(scores, kl, mask, kl_coeff):
+    """shaped_rewards of a KL that is known. kl: [B, T] nats, 0 outside the mask."""
+    chex.assert_equal_shape([kl, mask])
+    chex.assert_shape(scores, mask.shape[:1])
     scores = jnp.broadcast_to(scores.astype(jnp.float32)[:, None], mask.shape)
     return jnp.where(is_last(mask), scores, 0.0) - kl_coeff * kl
 

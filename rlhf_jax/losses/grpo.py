@@ -31,6 +31,7 @@ def grpo_loss(
     clip_high: float | jax.Array = 0.2,
     beta: float | jax.Array = 0.0,
     kl_kind: str = "k3",
+    token_kl: jax.Array | None = None,
     loss_type: str = "grpo",
     max_length: int | None = None,
     num_tokens: int | jax.Array | None = None,
@@ -51,6 +52,9 @@ def grpo_loss(
       beta: weight of the KL estimate, added to every token's loss (without TRL's factor of the ratio).
       kl_kind: "k1", "k2", "k3", or "k3+": value of k3, gradient of k2. Sampled from the policy, k2 has the
         gradient of KL(policy || reference); that of k1 is 0 in expectation, that of k3 KL(reference || policy)'s.
+        "exact" takes token_kl.
+      token_kl: [B, T] nats, the exact KL at the state of each token, with its gradient (losses/full_kl.py). As of every
+        kind here, that is the gradient at the states visited, without the part that leads to other states.
       loss_type: a key of `LOSSES`. "grpo", "gspo", "gspo_token" and "sapo" are means over sequences of means over
         tokens, "bnpo" is a mean over tokens, "dapo" and "cispo" are sums over tokens by `num_tokens`, "dr_grpo" by
         B * max_length, "luspo" is a mean over sequences of sums over tokens, of GSPO's surrogate. A row without a
@@ -65,9 +69,11 @@ def grpo_loss(
     Raises: ValueError for an unknown loss_type or kl_kind, "dr_grpo" without max_length, or a beta without
       ref_logprobs. AssertionError if the shapes differ.
     """
-    _check_arguments(ref_logprobs, beta, kl_kind, loss_type, max_length)
+    _check_arguments(ref_logprobs, beta, kl_kind, token_kl, loss_type, max_length)
     chex.assert_rank([logprobs, mask], 2)
-    chex.assert_equal_shape([logprobs, old_logprobs, mask] + ([] if ref_logprobs is None else [ref_logprobs]))
+    chex.assert_equal_shape(
+        [logprobs, old_logprobs, mask, *(x for x in (ref_logprobs, token_kl) if x is not None)]
+    )
     if advantages.ndim == 1:
         advantages = jnp.broadcast_to(advantages[:, None], (advantages.shape[0], mask.shape[1]))
     chex.assert_equal_shape([advantages, mask])
@@ -94,7 +100,10 @@ def grpo_loss(
         "approx_kl": masked_mean(jnp.expm1(_bounded(log_ratio)) - _bounded(log_ratio), keep),
     }
     if ref_logprobs is not None:
-        kl = KL_KINDS[kl_kind](logprobs - jax.lax.stop_gradient(real(ref_logprobs)))
+        if kl_kind == "exact":
+            kl = real(token_kl)
+        else:
+            kl = KL_KINDS[kl_kind](logprobs - jax.lax.stop_gradient(real(ref_logprobs)))
         if _may_penalise(beta):
             losses = losses + beta * kl
         metrics["kl"] = jnp.where(keep, kl, 0.0).sum() / jnp.maximum(keep.any(axis=-1).sum(), 1)
@@ -122,11 +131,13 @@ class GroupLoss(NamedTuple):
     average: Callable  # (losses [B, T], 0 where no token is; keep [B, T], max_length, num_tokens) -> scalar
 
 
-def _check_arguments(ref_logprobs, beta, kl_kind, loss_type, max_length):
+def _check_arguments(ref_logprobs, beta, kl_kind, token_kl, loss_type, max_length):
     if loss_type not in LOSSES:
         raise ValueError(f"loss_type is {loss_type!r}; expected one of {', '.join(LOSSES)}.")
-    if kl_kind not in KL_KINDS:
-        raise ValueError(f"kl_kind is {kl_kind!r}; expected one of {', '.join(KL_KINDS)}.")
+    if kl_kind not in (*KL_KINDS, "exact"):
+        raise ValueError(f"kl_kind is {kl_kind!r}; expected one of {', '.join(KL_KINDS)}, exact.")
+    if (kl_kind == "exact") != (token_kl is not None):
+        raise ValueError("kl_kind 'exact' and token_kl go together; give both or neither.")
     if loss_type == "dr_grpo" and max_length is None:
         raise ValueError(
             "loss_type 'dr_grpo' divides by max_length, which is None; give the longest completion."

@@ -1,12 +1,15 @@
-"""KL between two policies from samples of the first, and the controller that holds it near a target.
+"""KL between two policies from samples of the first, and the controllers of what it costs.
 
-Knows log-probabilities; nothing of where the coefficient is used. Estimators: Schulman, "Approximating KL divergence"
-(2020); controller: Ziegler et al. 2019, arXiv:1909.08593, section 2.2."""
+Knows log-probabilities; nothing of where the coefficient is used. Controllers are pure: what they remember comes in and
+goes out. Sources: estimators, Schulman, "Approximating KL divergence" (2020); adaptive controller, Ziegler et al. 2019,
+arXiv:1909.08593, section 2.2; budget, Stooke et al. 2020, arXiv:2007.03964. The exact KL is in losses/full_kl.py."""
 
 import chex
 import jax.numpy as jnp
 
 KINDS = ("k1", "k2", "k3")
+BUDGET_ERROR = (-1.0, 2.0)  # log of KL over target beyond which a budget reacts no more strongly
+BUDGET_SMOOTHING = 0.5  # share of the past in the KL it looks at: one batch's estimate is off by a fifth
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k1"):
@@ -43,3 +46,29 @@ def adaptive_kl_update(kl_coeff, observed_kl, *, target, horizon, batch_size):
     error = jnp.clip(observed_kl / target - 1.0, -0.2, 0.2)
     error = jnp.where(jnp.isnan(error), 0.0, error)
     return jnp.maximum(kl_coeff * (1.0 + error * batch_size / horizon), 0.0)
+
+
+def kl_budget_update(kl_coeff, observed_kl, *, target, rate, previous_kl, damping=5.0, bounds=(1e-6, 1e3)):
+    """The next coefficient for a run that is to end at KL = target: the multiplier of that constraint, by dual ascent.
+
+    log kl_coeff rises by rate * (e + damping * (e - e_before)), where e = log(KL / target) of the smoothed KL. In the
+    log the coefficient stays positive, and since KL falls about as a power of its price, one rate serves every scale.
+    Dual ascent alone (damping 0) adds up an error that the policy answers late, and swings around the target; the
+    second term answers at once to a KL that moves (the PI Lagrangian of Stooke et al., in velocity form, which has no
+    sum that could wind up at the bounds).
+
+    Args:
+      kl_coeff: above 0. observed_kl, target, previous_kl: in one unit; ours is nats a completion. previous_kl: the
+        smoothed KL before this one; 0 at the start of a run, where the policy is the reference.
+      rate: of dual ascent, a step. damping: steps by which a trend is answered in advance; about as many as the policy
+        takes to follow its price. bounds: of the coefficient.
+    Returns: (coefficient, smoothed KL: previous_kl of the next step). e is kept within BUDGET_ERROR, also for a KL
+      that is 0 or, being an estimate, below. An observation that is not finite changes neither.
+    """
+    lowest, highest = BUDGET_ERROR
+    error = lambda kl: jnp.clip(jnp.log(jnp.maximum(kl / target, jnp.exp(lowest))), lowest, highest)
+    smoothed = BUDGET_SMOOTHING * previous_kl + (1.0 - BUDGET_SMOOTHING) * observed_kl
+    now, before = error(smoothed), error(previous_kl)
+    new = jnp.clip(kl_coeff * jnp.exp(rate * (now + damping * (now - before))), *bounds)
+    seen = jnp.isfinite(observed_kl)
+    return jnp.where(seen, new, kl_coeff), jnp.where(seen, smoothed, previous_kl)

@@ -16,7 +16,7 @@ POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_min
             "reward_reference_batches", "keep_latest", "eps", "clip_epsilon", "value_clip", "ptx_batch_size",
             "clip_low", "clip_high", "beta", "discopop_tau", "timeout_seconds", "kl_horizon", "max_kl",
             "head_multiplier", "num_beams", "repetition_penalty", "max_kl_per_token", "cg_iterations",
-            "cg_tolerance", "backtrack_factor", "n_step", "reference_sync_mix")  # fmt: skip
+            "cg_tolerance", "backtrack_factor", "n_step", "reference_sync_mix", "kl_budget_rate")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps",
                 "weight_decay", "clip_norm", "value_coeff", "ptx_coeff", "stop_approx_kl",
                 "clip_epsilon_high", "entropy_coeff", "reward_clip", "dual_clip", "ratio_clip",
@@ -30,7 +30,8 @@ CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
     "train": ("lora", "full"),
     "value": ("shared", "own", "reward"),
-    "kl_kind": ("k1", "k2", "k3"),
+    "kl_kind": ("k1", "k2", "k3", "exact"),
+    "kl_control": ("fixed", "adaptive", "budget"),
     "missing_eos_rule": ("none", "penalty", "replace"),
     "loss": ("logsigmoid", "logexp"),
     "pooling": ("last", "mean"),

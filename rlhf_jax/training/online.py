@@ -123,7 +123,7 @@ def online(run: Run, name: str) -> None:
             state = state.replace(trained=state.trained | {"value": value.replace(head=head)})
         return state
 
-    controllers = {"kl_coeff": section.kl_coeff, "reward_mean": 0.0, "reward_std": 1.0}
+    controllers = {**settings.kl_controllers, "reward_mean": 0.0, "reward_std": 1.0}
     controllers |= dict.fromkeys(algorithm.controllers, 0.0)
     with rewards, meshes.activate(run.mesh):
         state = states.create(trained, optimizer, rng, controllers, run.model.config, run.mesh)

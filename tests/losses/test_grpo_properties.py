@@ -221,3 +221,24 @@ def test_bad_arguments():
     ):
         with pytest.raises(AssertionError):
             grpo_loss(*wrong)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "luspo"])
+def test_an_exact_kl_is_averaged_as_an_estimate_is(loss_type):
+    """Handed the values of k2, it has the loss, gradient and metric of k2; outside the mask it is never read."""
+    rng = np.random.default_rng(5)
+    logprobs, ref = (jnp.float32(rng.normal(-2, 0.5, (3, 5))) for _ in range(2))
+    mask = jnp.array([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    common = dict(beta=0.7, loss_type=loss_type, num_tokens=9)
+
+    def exact(lp):
+        kl = jnp.where(mask > 0, 0.5 * jnp.square(lp - ref), jnp.nan)
+        return grpo_loss(lp, logprobs, ref, jnp.ones(3), mask, kl_kind="exact", token_kl=kl, **common)
+
+    k2 = lambda lp: grpo_loss(lp, logprobs, ref, jnp.ones(3), mask, kl_kind="k2", **common)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+        *(jax.value_and_grad(f, has_aux=True)(logprobs) for f in (exact, k2)),
+    )
+    with pytest.raises(ValueError, match="'exact' and token_kl go together"):
+        grpo_loss(logprobs, logprobs, ref, jnp.ones(3), mask, kl_kind="exact", **common)

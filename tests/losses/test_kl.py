@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses.kl import adaptive_kl_update, kl_estimate
+from rlhf_jax.losses.kl import adaptive_kl_update, kl_budget_update, kl_estimate
 
 FORMULA = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: np.exp(-d) - 1 + d}
 SLOPE = {"k1": lambda d: d * 0 + 1, "k2": lambda d: d, "k3": lambda d: 1 - np.exp(-d)}
@@ -73,6 +73,52 @@ def test_controller_finds_the_coefficient_that_holds_the_target():
     for _ in range(1000):
         coeff = step(coeff)
     np.testing.assert_allclose(coeff, 0.5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "observed, before, expected",
+    [
+        (4.0, 4.0, 0.0),  # on target
+        (8.0, 4.0, np.log(1.5) * 6),  # smoothed to 6: the error, and five times what it grew by
+        (0.0, 0.0, -1.0),  # the first step: no trend
+        (-3.0, 0.0, -1.0),  # an estimate may be negative
+        (4.0, 0.0, -np.log(2) + 5 * (1 - np.log(2))),  # half way, and coming fast
+        (1e6, 4.0, 2.0 + 5 * 2.0),  # bounded
+        (np.nan, 3.0, 0.0),
+        (np.inf, 3.0, 0.0),
+    ],
+)
+def test_budget(observed, before, expected):
+    new, smoothed = kl_budget_update(
+        jnp.float32(0.1), jnp.float32(observed), target=4.0, rate=0.2, previous_kl=jnp.float32(before)
+    )
+    np.testing.assert_allclose(new, 0.1 * np.exp(0.2 * expected), rtol=1e-5)
+    assert float(smoothed) == (0.5 * (observed + before) if np.isfinite(observed) else before)
+
+
+def test_budget_keeps_its_bounds():
+    step = lambda coeff, kl: kl_budget_update(
+        jnp.float32(coeff), kl, target=1.0, rate=1.0, previous_kl=kl, bounds=(0.02, 0.4)
+    )[0]
+    assert float(step(0.03, 0.0)) == np.float32(0.02) and float(step(0.3, 99.0)) == np.float32(0.4)
+
+
+@pytest.mark.parametrize("start", [0.005, 0.05, 0.5])
+@pytest.mark.parametrize("target", [1.0, 6.0])
+@pytest.mark.parametrize("rate", [0.1, 0.3])
+def test_budget_ends_at_its_target_where_the_policy_answers_late(start, target, rate):
+    """KL goes a fifth of the way to 0.4 / kl_coeff a step, and is observed with a deviation of 15 %."""
+    rng = np.random.default_rng(0)
+    step = jax.jit(
+        lambda c, kl, before: kl_budget_update(c, kl, target=target, rate=rate, previous_kl=before)
+    )
+    coeff, kl, before, seen = jnp.float32(start), 0.0, jnp.float32(0.0), []
+    for _ in range(100):
+        coeff, before = step(coeff, kl * (1 + 0.15 * rng.normal()), before)
+        kl += 0.2 * (0.4 / float(coeff) - kl)
+        seen.append(kl)
+    np.testing.assert_allclose(np.mean(seen[-20:]), target, rtol=0.1)
+    assert max(seen[60:]) < 1.6 * target
 
 
 @pytest.mark.parametrize("kind", FORMULA)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from rlhf_jax.losses import grpo, preference
+from rlhf_jax.losses.full_kl import fused_kl
 from rlhf_jax.models import heads, lora
 from rlhf_jax.models.roles import Role
 from rlhf_jax.sampling.generate import SamplingConfig
@@ -37,6 +38,8 @@ VARIANTS = (
     + [("grpo", dict(mask_truncated=True, loss_type=x)) for x in ("grpo", "dapo", "dr_grpo")]
     + [("rloo", dict(mask_truncated=True)), ("remax", dict(overlong_buffer_tokens=3))]
     + [("grpo", dict(top_entropy_quantile=0.4)), ("grpo", dict(baseline="length_weighted"))]
+    + [("grpo", dict(kl_loss_kind="exact")), ("ppo", dict(kl_kind="exact"))]
+    + [("reinforce", dict(kl_kind="exact"))]
 )
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in changes.items())]) for name, changes in VARIANTS]
 
@@ -58,6 +61,10 @@ class Bigrams(Network):
 
     def log_collision(self, base, role, states):
         return jax.nn.logsumexp(2 * jax.nn.log_softmax(jax.lax.stop_gradient(states)), axis=-1)
+
+    def full_kl(self, base, role, states, reference_states):
+        heads = (x["table"][:WIDTH] for x in (role.params(base), base))
+        return fused_kl(states, next(heads), reference_states, next(heads), chunk_size=0)
 
 
 def bigrams(seed):
@@ -100,11 +107,11 @@ def make_batch(name):
     return batch
 
 
-def prepared(row, settings, network, base, batch):
+def prepared(row, settings, network, base, batch, policy):
     if not row.online:
         return batch
     controllers = {"kl_coeff": jnp.float32(0.1), "baseline": jnp.float32(0.2)}
-    frozen = {"base": base, "policy": Role(base=bigrams(1))}
+    frozen = {"base": base, "policy": policy}
     return rollout.make_prepare(row, settings, network)(frozen, controllers, batch)[0]
 
 
@@ -122,9 +129,8 @@ def started(row, settings, network, trained, optimizer, microbatches=1):
 def gradient(name, changes, batch, microbatches=1):
     """(the update of plain gradient descent, or of the row's own optimizer, metrics)."""
     row, network, base = ALGORITHMS[name], Bigrams(), bigrams(0)
-    settings = row.settings(**changes)
-    batch = prepared(row, settings, network, base, jax.tree.map(jnp.asarray, batch))
-    trained = make_roles(name)
+    settings, trained = row.settings(**changes), make_roles(name)
+    batch = prepared(row, settings, network, base, jax.tree.map(jnp.asarray, batch), trained["policy"])
     state, update = started(row, settings, network, trained, optax.sgd(1.0), microbatches)
     new, metrics = update(state, {"base": base}, batch)
     return jax.device_get((jax.tree.map(jnp.subtract, new.trained, trained), metrics))

@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from rlhf_jax.losses.advantages import gae, n_step_returns, shaped_rewards
+from rlhf_jax.losses.advantages import gae, n_step_returns, rewards_less_kl
 from rlhf_jax.losses.masking import masked_mean, masked_whiten
 from rlhf_jax.losses.policy_gradient import policy_gradient_loss
 from rlhf_jax.losses.ppo import VALUE_LOSSES, clipped_policy_loss, value_loss
 from rlhf_jax.losses.supervised import completion_cross_entropy
 from rlhf_jax.models import heads, roles
 from rlhf_jax.training.algorithms.row import Algorithm
-from rlhf_jax.training.algorithms.shared import OnlineSettings, kl_control, scored, sequences, token_mask
+from rlhf_jax.training.algorithms.shared import OnlineSettings, control_kl, scored, sequences, token_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PPOSettings(CriticSettings):
     def check(self) -> str | None:
         if self.value_loss not in VALUE_LOSSES:
             return f"value_loss is {self.value_loss!r}; expected one of {', '.join(VALUE_LOSSES)}."
-        return None
+        return super().check()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +78,15 @@ class PPOPtxSettings(PPOSettings):
 
 def prepare(settings, network, frozen, controllers, batch):
     """Scores, KL to the reference, shaped rewards, advantages and returns of one rollout, over the whole batch."""
-    batch, scores, metrics = scored(settings, network, frozen, controllers, batch)
-    mask, old = token_mask(batch), sequences(batch.old_logprobs)
-    reference = old if batch.ref_logprobs is None else sequences(batch.ref_logprobs)
-    rewards = shaped_rewards(scores, old, reference, mask, controllers["kl_coeff"], kind=settings.kl_kind)
+    batch, scores, penalty, metrics = scored(settings, network, frozen, controllers, batch)
+    mask = token_mask(batch)
+    rewards = rewards_less_kl(scores, penalty.charged, mask, controllers["kl_coeff"])
     if settings.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     values = sequences(batch.old_values)
     advantages, returns = settings.estimate(rewards, values, mask)
+    if penalty.own is not None:
+        advantages = advantages - controllers["kl_coeff"] * penalty.own
     if settings.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     like = lambda x: x.reshape(batch.completion_mask.shape)
@@ -147,13 +148,13 @@ def with_value(settings, network, trained, frozen, batch, states, entropy, polic
 
 
 ROWS = {
-    "a2c": Algorithm(A2CSettings, a2c_objective, prepare, kl_control, trains=("policy", "value")),
-    "ppo": Algorithm(PPOSettings, ppo_objective, prepare, kl_control, trains=("policy", "value")),
+    "a2c": Algorithm(A2CSettings, a2c_objective, prepare, control_kl, trains=("policy", "value")),
+    "ppo": Algorithm(PPOSettings, ppo_objective, prepare, control_kl, trains=("policy", "value")),
     "ppo_ptx": Algorithm(
         PPOPtxSettings,
         ppo_objective,
         prepare,
-        kl_control,
+        control_kl,
         auxiliary_objective=ptx_objective,
         trains=("policy", "value"),
     ),

@@ -7,8 +7,13 @@ from rlhf_jax.training.algorithms.shared import sequences, token_mask
 
 
 def policy(network, trained, frozen, batch):
-    logprobs, entropy, _ = network.logprobs(frozen["base"], trained["policy"], batch)
-    return sequences(logprobs), sequences(batch.old_logprobs), token_mask(batch), sequences(entropy)
+    """(logprobs, those of the sampler, mask, entropy), [N, R] each."""
+    return policy_and_states(network, trained, frozen, batch)[:-1]
+
+
+def policy_and_states(network, trained, frozen, batch):
+    logprobs, entropy, states = network.logprobs(frozen["base"], trained["policy"], batch)
+    return sequences(logprobs), sequences(batch.old_logprobs), token_mask(batch), sequences(entropy), states
 
 
 def finished(settings, loss, metrics, entropy, mask, num_sequences=None):

@@ -5,15 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses import grpo, kl
+from rlhf_jax.losses import grpo
 from rlhf_jax.losses.advantages import group_relative, high_entropy, leave_one_out, varied
 from rlhf_jax.losses.masking import masked_mean, masked_whiten
 from rlhf_jax.losses.policy_gradient import policy_gradient_loss
-from rlhf_jax.training.algorithms.critic_free import finished, policy, with_advantages
+from rlhf_jax.training.algorithms.critic_free import finished, policy, policy_and_states, with_advantages
 from rlhf_jax.training.algorithms.row import Algorithm
 from rlhf_jax.training.algorithms.shared import (
     OnlineSettings,
-    kl_control,
+    control_kl,
     ruled_scores,
     scored,
     sequences,
@@ -35,6 +35,15 @@ class GroupSettings(OnlineSettings):
     # Groups that stay equal count as they do without refills.
     max_refills: int = 0
 
+    def check(self) -> str | None:
+        if self.charges_exact_kl:
+            # One advantage a completion has no place for each token's own share of it (shared._penalty).
+            return (
+                "kl_kind is 'exact', which needs an advantage for each token; expected k1, k2 or k3 (or, with grpo, "
+                "kl_coeff 0 and kl_loss_kind exact)."
+            )
+        return super().check()
+
 
 @dataclasses.dataclass(frozen=True)
 class RLOOSettings(GroupSettings):
@@ -55,15 +64,20 @@ class GRPOSettings(GroupSettings):
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_loss_coeff: float = 0.04  # of the KL in the loss, nats a token; 0: none
-    kl_loss_kind: str = "k3"  # k1, k2, k3, or k3+: value of k3, gradient of k2
+    # k1, k2, k3, k3+ (value of k3, gradient of k2), exact (over the whole vocabulary)
+    kl_loss_kind: str = "k3"
     baseline: str = "mean"  # of the group's rewards; or length_weighted
     # Wang et al. 2025, arXiv:2506.01939: advantages reach this fraction of the rollout's tokens alone, those where the
     # policy that sampled was least certain. As there, means stay over all tokens, and KL and entropy are of all.
     top_entropy_quantile: float = 1.0
 
     @property
-    def reads_reference(self) -> bool:
-        return bool(self.kl_coeff or self.kl_loss_coeff)
+    def kl_coefficients(self) -> dict[str, float]:
+        return super().kl_coefficients | {"kl_loss_coeff": self.kl_loss_coeff}
+
+    @property
+    def keeps_reference_states(self) -> bool:
+        return bool(self.kl_loss_coeff) and self.kl_loss_kind == "exact"
 
     @property
     def reads_policy(self) -> bool:
@@ -72,7 +86,7 @@ class GRPOSettings(GroupSettings):
     def check(self) -> str | None:
         for name, value, known in (
             ("loss_type", self.loss_type, grpo.LOSSES),
-            ("kl_loss_kind", self.kl_loss_kind, grpo.KL_KINDS),
+            ("kl_loss_kind", self.kl_loss_kind, (*grpo.KL_KINDS, "exact")),
             ("advantage_scale", self.advantage_scale, ("group", "batch", "none")),
             ("baseline", self.baseline, ("mean", "length_weighted")),
         ):
@@ -85,7 +99,7 @@ class GRPOSettings(GroupSettings):
                 f"top_entropy_quantile is {self.top_entropy_quantile}, but the ratio of loss_type {self.loss_type!r} "
                 "has no tokens to choose from; expected 1, or another loss_type."
             )
-        return None
+        return super().check()
 
 
 def rloo_prepare(settings, network, frozen, controllers, batch):
@@ -125,8 +139,13 @@ def rloo_objective(settings, network, trained, frozen, controllers, batch, rng):
 
 
 def grpo_objective(settings, network, trained, frozen, controllers, batch, rng):
-    logprobs, old, mask, entropy = policy(network, trained, frozen, batch)
+    logprobs, old, mask, entropy, states = policy_and_states(network, trained, frozen, batch)
     reference = sequences(batch.ref_logprobs) if settings.kl_loss_coeff else None
+    controlled = settings.kl_loss_coeff and settings.kl_control != "fixed"
+    beta = controllers["kl_loss_coeff"] if controlled else settings.kl_loss_coeff
+    exact = None
+    if settings.keeps_reference_states:
+        exact = sequences(network.full_kl(frozen["base"], trained["policy"], states, batch.ref_states))
     loss, metrics = grpo.grpo_loss(
         logprobs,
         old,
@@ -135,20 +154,21 @@ def grpo_objective(settings, network, trained, frozen, controllers, batch, rng):
         mask,
         clip_low=settings.clip_low,
         clip_high=settings.clip_high,
-        beta=settings.kl_loss_coeff,
+        beta=beta,
         kl_kind=settings.kl_loss_kind,
+        token_kl=exact,
         loss_type=settings.loss_type,
         max_length=mask.shape[-1],
     )
     # `kl` is the rollout's, before any update.
     if reference is not None:
-        metrics["kl_loss"] = metrics.pop("kl")
+        metrics["kl_loss_nats_per_completion"] = metrics.pop("kl")
+        metrics["kl_loss_coeff"] = jnp.asarray(beta, jnp.float32)
     gap = jax.lax.stop_gradient(jnp.where(mask > 0, logprobs - old, 0.0))
     metrics["ratio_max_gap"] = jnp.abs(jnp.expm1(gap)).max()
     count = None if settings.loss_type in TOKEN_MEANS else mask.shape[0]
-    if (
-        settings.mask_truncated and count is not None
-    ):  # what was cut off is no sequence of loss 0: it is not there
+    if settings.mask_truncated and count is not None:
+        # What was cut off is no sequence of loss 0: it is not there.
         count = (mask > 0).any(-1).sum()
         loss = loss * mask.shape[0] / jnp.maximum(count, 1)
     return finished(settings, loss, metrics, entropy, mask, count)
@@ -156,14 +176,12 @@ def grpo_objective(settings, network, trained, frozen, controllers, batch, rng):
 
 def _group_rewards(settings, network, frozen, controllers, batch):
     """(batch, scores less KL of the whole completion [B, G], metrics)."""
-    batch, scores, metrics = scored(settings, network, frozen, controllers, batch)
+    batch, scores, penalty, metrics = scored(settings, network, frozen, controllers, batch)
     rewards = scores.reshape(batch.weights.shape)
     same = ~varied(rewards, batch.weights)
     metrics["zero_variance_fraction"] = masked_mean(same, (batch.weights > 0).any(1))
     if settings.kl_coeff:
-        log_ratio = kl.kl_estimate(batch.old_logprobs, batch.ref_logprobs, kind=settings.kl_kind)
-        distance = jnp.where(batch.completion_mask > 0, log_ratio, 0.0).sum(-1)
-        rewards = rewards - controllers["kl_coeff"] * distance
+        rewards = rewards - controllers["kl_coeff"] * penalty.charged.sum(-1).reshape(rewards.shape)
     return batch, rewards, metrics
 
 
@@ -174,6 +192,6 @@ def _trained_on(settings, batch):
 
 
 ROWS = {
-    "rloo": Algorithm(RLOOSettings, rloo_objective, rloo_prepare, kl_control, teaches=teaches),
-    "grpo": Algorithm(GRPOSettings, grpo_objective, grpo_prepare, kl_control, teaches=teaches),
+    "rloo": Algorithm(RLOOSettings, rloo_objective, rloo_prepare, control_kl, teaches=teaches),
+    "grpo": Algorithm(GRPOSettings, grpo_objective, grpo_prepare, control_kl, teaches=teaches),
 }

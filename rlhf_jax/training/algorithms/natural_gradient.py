@@ -17,7 +17,7 @@ from rlhf_jax.losses.policy_gradient import policy_gradient_loss
 from rlhf_jax.training.algorithms import actor_critic
 from rlhf_jax.training.algorithms.actor_critic import CriticSettings
 from rlhf_jax.training.algorithms.row import Algorithm
-from rlhf_jax.training.algorithms.shared import kl_control, sequences, token_mask
+from rlhf_jax.training.algorithms.shared import control_kl, sequences, token_mask
 from rlhf_jax.training.trust_region import trust_region
 from rlhf_jax.training.update import microbatches
 
@@ -47,7 +47,7 @@ class TRPOSettings(CriticSettings):
                 )
         if not self.backtrack_factor < 1:
             return f"backtrack_factor is {self.backtrack_factor}; expected a number below 1."
-        return None
+        return super().check()
 
 
 def objective(settings, network, trained, frozen, controllers, batch, rng):
@@ -163,7 +163,7 @@ ROWS = {
         TRPOSettings,
         objective,
         actor_critic.prepare,
-        kl_control,
+        control_kl,
         trains=("policy", "value"),
         optimizer=optimizer,
         extras=extras,

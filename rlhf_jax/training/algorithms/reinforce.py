@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from rlhf_jax.losses.advantages import discounted_returns, shaped_rewards
+from rlhf_jax.losses.advantages import discounted_returns, rewards_less_kl
 from rlhf_jax.losses.masking import masked_mean, masked_whiten
 from rlhf_jax.losses.policy_gradient import policy_gradient_loss
 from rlhf_jax.losses.ppo import clipped_policy_loss
@@ -12,7 +12,7 @@ from rlhf_jax.training.algorithms.critic_free import finished, policy, with_adva
 from rlhf_jax.training.algorithms.row import Algorithm
 from rlhf_jax.training.algorithms.shared import (
     OnlineSettings,
-    kl_control,
+    control_kl,
     ruled_scores,
     scored,
     sequences,
@@ -33,7 +33,7 @@ class ReinforceSettings(OnlineSettings):
     def check(self) -> str | None:
         if self.baseline not in ("running", "none"):
             return f"baseline is {self.baseline!r}; expected one of running, none."
-        return None
+        return super().check()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def reinforce_prepare(settings, network, frozen, controllers, batch):
 
 
 def reinforce_control(settings, controllers, metrics, num_sequences):
-    controllers = kl_control(settings, controllers, metrics, num_sequences)
+    controllers = control_kl(settings, controllers, metrics, num_sequences)
     mean = BASELINE_DECAY * controllers["baseline"] + (1 - BASELINE_DECAY) * metrics["return"]
     return controllers | {"baseline": mean}
 
@@ -102,11 +102,13 @@ def reinforce_pp_objective(settings, network, trained, frozen, controllers, batc
 
 def _returns(settings, network, frozen, controllers, batch):
     """(batch, returns-to-go [N, R] of scores less KL, mask, metrics)."""
-    batch, scores, metrics = scored(settings, network, frozen, controllers, batch)
-    mask, old = token_mask(batch), sequences(batch.old_logprobs)
-    reference = old if batch.ref_logprobs is None else sequences(batch.ref_logprobs)
-    rewards = shaped_rewards(scores, old, reference, mask, controllers["kl_coeff"], kind=settings.kl_kind)
-    return batch, discounted_returns(rewards, mask, settings.gamma), mask, metrics
+    batch, scores, penalty, metrics = scored(settings, network, frozen, controllers, batch)
+    mask = token_mask(batch)
+    rewards = rewards_less_kl(scores, penalty.charged, mask, controllers["kl_coeff"])
+    returns = discounted_returns(rewards, mask, settings.gamma)
+    if penalty.own is not None:
+        returns = returns - controllers["kl_coeff"] * penalty.own
+    return batch, returns, mask, metrics
 
 
 ROWS = {
@@ -117,6 +119,6 @@ ROWS = {
         reinforce_control,
         controllers=("baseline",),
     ),
-    "reinforce_pp": Algorithm(ReinforcePPSettings, reinforce_pp_objective, reinforce_pp_prepare, kl_control),
-    "remax": Algorithm(ReMaxSettings, reinforce_objective, remax_prepare, kl_control, greedy_baseline=True),
+    "reinforce_pp": Algorithm(ReinforcePPSettings, reinforce_pp_objective, reinforce_pp_prepare, control_kl),
+    "remax": Algorithm(ReMaxSettings, reinforce_objective, remax_prepare, control_kl, greedy_baseline=True),
 }

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from rlhf_jax.losses.collision import fused_log_collision
+from rlhf_jax.losses.full_kl import fused_kl
 from rlhf_jax.losses.logprobs import fused_token_logprobs
 from rlhf_jax.models import roles
 from rlhf_jax.models.llama import Llama, unembedding
@@ -82,3 +83,14 @@ class Network:
         """log sum_v p(v)^2 of the distributions that `states` [B, G, R, D] predict: [B, G, R] nats, no gradient."""
         head = unembedding(role.params(base))
         return fused_log_collision(states, head, chunk_size=self.vocab_chunk, temperature=self.temperature)
+
+    def full_kl(self, base: dict, role: roles.Role, states, reference_states):
+        """[B, G, R] nats: exact KL(role || reference) at each state [B, G, R, D]; gradient to the role alone."""
+        return fused_kl(
+            states,
+            unembedding(role.params(base)),
+            reference_states,
+            unembedding(base),
+            chunk_size=self.vocab_chunk,
+            temperature=self.temperature,
+        )

@@ -1,6 +1,7 @@
-"""What online rows have in common: settings, scores and KL of a rollout, the adaptive coefficient."""
+"""What online rows have in common: settings, scores and KL of a rollout, the controller of its price."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,19 @@ from rlhf_jax.losses.masking import masked_mean
 from rlhf_jax.models import roles
 from rlhf_jax.training.algorithms.row import Settings
 
+BUDGET_REACH = 100.0  # a budget keeps its coefficient within this factor of where it started
+
 
 @dataclasses.dataclass(frozen=True)
 class OnlineSettings(Settings):
     """Units: kl_* in nats of a whole completion, coefficients in reward units a nat."""
 
-    kl_coeff: float = 0.05  # of the KL in the reward; where it starts, if adaptive; 0: none
-    kl_kind: str = "k1"
-    kl_target: float = 0.0  # adaptive controller's target in nats a sequence; 0: the coefficient is fixed
-    kl_horizon: float = 10000.0  # sequences
+    kl_coeff: float = 0.05  # of the KL in the reward; where it starts, if controlled; 0: none
+    kl_kind: str = "k1"  # k1, k2, k3, or exact: over the whole vocabulary
+    kl_control: str = "fixed"  # adaptive (Ziegler et al.), or budget: dual ascent that ends at the target
+    kl_target: float = 0.0  # nats a completion, of adaptive and budget
+    kl_horizon: float = 10000.0  # completions, adaptive
+    kl_budget_rate: float = 0.3  # of dual ascent on the log of the coefficient, a step
     reward_clip: float = 0.0  # scores clipped to +-this, 0: none
     missing_eos_rule: str = "none"  # a completion without an end token: none, penalty (subtracted), replace
     missing_eos_value: float = 0.0
@@ -31,43 +36,116 @@ class OnlineSettings(Settings):
 
     @property
     def reads_reference(self) -> bool:
-        return bool(self.kl_coeff)
+        return any(self.kl_coefficients.values())
+
+    @property
+    def charges_exact_kl(self) -> bool:
+        return bool(self.kl_coeff) and self.kl_kind == "exact"
 
     @property
     def reads_policy(self) -> bool:
         """Whether `prepare` needs the policy itself, in frozen["policy"], and not only what it sampled."""
+        return self.charges_exact_kl
+
+    @property
+    def keeps_reference_states(self) -> bool:
+        """Whether the objective needs the reference's states, in the batch's ref_states."""
         return False
+
+    @property
+    def kl_coefficients(self) -> dict[str, float]:
+        """Every coefficient of a KL, by its name among the controllers."""
+        return {"kl_coeff": self.kl_coeff}
+
+    @property
+    def kl_controllers(self) -> dict[str, float]:
+        """What the controller of KL carries from step to step, and where it starts."""
+        return self.kl_coefficients | ({"kl_previous": 0.0} if self.kl_control == "budget" else {})
+
+    def check(self) -> str | None:
+        controlled = self.kl_control != "fixed"
+        if controlled and not self.kl_target:
+            return f"kl_target is 0, which kl_control {self.kl_control!r} cannot hold; expected nats a completion."
+        if controlled and not self.reads_reference:
+            names = " and ".join(f"{name} is 0" for name in self.kl_coefficients)
+            return f"{names}, so kl_control {self.kl_control!r} has no price to start from; expected above 0."
+        if not controlled and self.kl_target:
+            return (
+                f"kl_target is {self.kl_target}, which kl_control 'fixed' does not read; expected 0, or "
+                "kl_control adaptive or budget."
+            )
+        return None
+
+
+class Penalty(NamedTuple):
+    """What a rollout pays for its distance from the reference, [B * G, R] nats, 0 where no token is."""
+
+    charged: jax.Array  # subtracted from the reward at each token
+    own: jax.Array | None = None  # subtracted from that token's advantage alone; None: nothing
 
 
 def scored(settings, network, frozen, controllers, batch):
-    """(batch with reference, scores [N] after every rule, metrics) of a rollout of N = B * G completions."""
+    """(batch with reference, scores [N] after every rule, Penalty, metrics) of a rollout of N = B * G completions."""
     mask, finished = token_mask(batch), batch.finished.reshape(-1)
     metrics = _score_metrics(batch, finished, mask)
     scores = ruled_scores(settings, batch).reshape(-1)
     if settings.overlong_buffer_tokens:
         reached = (_overlong(settings, batch) > 0).reshape(-1)
         metrics["overlong_fraction"] = masked_mean(reached, batch.weights.reshape(-1))
+    penalty = Penalty(jnp.zeros(mask.shape, jnp.float32))
     if settings.reads_reference:
-        reference, _, _ = network.logprobs(frozen["base"], roles.Role(), batch)
+        reference, _, states = network.logprobs(frozen["base"], roles.Role(), batch)
         batch = batch.replace(ref_logprobs=reference)
-        old, reference = sequences(batch.old_logprobs), sequences(reference)
-        metrics["kl"] = sequence_mean(kl.kl_estimate(old, reference, kind=settings.kl_kind), mask, batch)
+        penalty, distance = _penalty(settings, network, frozen, batch, states, mask)
+        metrics["kl"] = sequence_mean(distance, mask, batch)
         metrics["kl_coeff"] = controllers["kl_coeff"]
-    return batch, scores, metrics
+        if settings.kl_coeff:
+            metrics["kl_penalty_nats_per_completion"] = sequence_mean(penalty.charged, mask, batch)
+        if settings.keeps_reference_states:
+            batch = batch.replace(ref_states=states)
+    return batch, scores, penalty, metrics
 
 
-def kl_control(settings, controllers, metrics, num_sequences):
-    """Ziegler et al. 2019, section 2.2."""
-    if not settings.kl_target or not settings.kl_coeff:
+def _penalty(settings, network, frozen, batch, ref_states, mask):
+    """(what is charged, the unbiased KL that is reported [N, R])."""
+    real = lambda x: jnp.where(mask > 0, sequences(x), 0.0)
+    old, reference = real(batch.old_logprobs), real(batch.ref_logprobs)
+    k1 = kl.kl_estimate(old, reference, kind="k1")
+    if not settings.charges_exact_kl:
+        return Penalty(kl.kl_estimate(old, reference, kind=settings.kl_kind)), k1
+    policy = frozen["policy"]
+    _, _, states = network.logprobs(frozen["base"], policy, batch)
+    exact = real(network.full_kl(frozen["base"], policy, states, ref_states))
+    # The exact KL of a state is the same whichever token is drawn there, so as a reward it would never hold back that
+    # token, only those that led there. The token's own share, of mean 0, does: with both, the policy gradient is that
+    # of the sequence's KL, as k1's is, with the noise of later tokens gone (Amini et al. 2025, arXiv:2504.10637).
+    return Penalty(exact, k1 - exact), exact
+
+
+def control_kl(settings, controllers, metrics, num_sequences):
+    """The next price of KL, by kl_control; all coefficients above 0 move by the same rule."""
+    if settings.kl_control == "fixed":
         return controllers
-    new = kl.adaptive_kl_update(
-        controllers["kl_coeff"],
-        metrics["kl"],
-        target=settings.kl_target,
-        horizon=settings.kl_horizon,
-        batch_size=num_sequences,
-    )
-    return controllers | {"kl_coeff": new}
+    changed = {}
+    for name, start in settings.kl_coefficients.items():
+        if start and settings.kl_control == "adaptive":
+            changed[name] = kl.adaptive_kl_update(
+                controllers[name],
+                metrics["kl"],
+                target=settings.kl_target,
+                horizon=settings.kl_horizon,
+                batch_size=num_sequences,
+            )
+        elif start:
+            changed[name], changed["kl_previous"] = kl.kl_budget_update(
+                controllers[name],
+                metrics["kl"],
+                target=settings.kl_target,
+                rate=settings.kl_budget_rate,
+                previous_kl=controllers["kl_previous"],
+                bounds=(start / BUDGET_REACH, start * BUDGET_REACH),
+            )
+    return controllers | changed
 
 
 def sequences(x):
