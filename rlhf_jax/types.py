@@ -26,6 +26,7 @@ class GroupedBatch:
     # [B, G, R] int32, of packed rows alone, in which a completion is several examples, one after the other: the number
     # of a token's example, 0 in the padding. Tokens read their own example; completion_mask is 1 on what is learned.
     segments: jax.Array | None = None
+    ref_prompt_mask: jax.Array | None = None  # [B, P] int32: what of a prompt the reference reads; None: all
 
 
 @flax.struct.dataclass

@@ -53,7 +53,7 @@ def _forward(size, hidden, unembedding, token_ids, temperature):
 
     def fold(carry, start):
         top, total, weighted, chosen = carry
-        logits, fresh = _piece(size, hidden, unembedding, temperature, start)
+        logits, fresh = vocabulary_piece(size, hidden, unembedding, temperature, start)
         new_top = jnp.maximum(top, logits.max(-1))
         mass = jnp.exp(logits - new_top[:, None])
         shrink = jnp.exp(top - new_top)
@@ -67,7 +67,7 @@ def _forward(size, hidden, unembedding, token_ids, temperature):
         return (new_top, total, weighted, chosen), None
 
     carry = (jnp.full(N, -jnp.inf), jnp.zeros(N), jnp.zeros(N), jnp.zeros(N))
-    starts = _starts(size, unembedding.shape[-1])
+    starts = piece_starts(size, unembedding.shape[-1])
     if len(starts) == 1:
         carry, _ = fold(carry, 0)
     else:
@@ -77,12 +77,12 @@ def _forward(size, hidden, unembedding, token_ids, temperature):
     return chosen - normaliser, normaliser - weighted / total, normaliser
 
 
-def _starts(size, V):
+def piece_starts(size, V):
     """First column of each piece. The last piece is moved back to end at V, and counts only what is new in it."""
     return [min(start, V - size) for start in range(0, V, size)]
 
 
-def _piece(size, hidden, unembedding, temperature, start):
+def vocabulary_piece(size, hidden, unembedding, temperature, start):
     """(logits [N, size] float32 of the columns from `start`, -inf where an earlier piece had them; which are new)."""
     columns = jax.lax.dynamic_slice_in_dim(unembedding, start, size, axis=1).astype(hidden.dtype)
     logits = jnp.dot(hidden, columns, preferred_element_type=jnp.float32) / temperature
@@ -108,7 +108,7 @@ def _fused_backward(size, saved, cotangents):
 
     def add(carry, start):
         d_hidden, d_temperature = carry
-        logits, fresh = _piece(size, hidden, unembedding, temperature, start)
+        logits, fresh = vocabulary_piece(size, hidden, unembedding, temperature, start)
         logp = logits - normaliser[:, None]
         p = jnp.exp(logp)
         picked = (start + jnp.arange(size))[None] == token_ids[:, None]
@@ -125,7 +125,7 @@ def _fused_backward(size, saved, cotangents):
         return (d_hidden, d_temperature), d_columns
 
     carry = (jnp.zeros(hidden.shape, jnp.float32), jnp.float32(0.0))
-    starts = _starts(size, V)
+    starts = piece_starts(size, V)
     if len(starts) == 1:
         carry, pieces = add(carry, 0)
         pieces = None if pieces is None else pieces[None]

@@ -17,10 +17,11 @@ class TrainState:
     step: jax.Array  # int32, finished steps of this stage
     rng: jax.Array  # the stage's key; step n draws from fold_in(rng, n), so nothing random is carried
     controllers: dict  # float32 scalars that adapt: kl_coeff, the normalisation of rewards, ...
+    memory: Any = None  # of a row that keeps samples from step to step (Quark's pool)
 
 
 def create(
-    trained: dict, optimizer: optax.GradientTransformation, rng, controllers: dict, config, mesh
+    trained: dict, optimizer: optax.GradientTransformation, rng, controllers: dict, config, mesh, memory=None
 ) -> TrainState:
     """A fresh state, every array placed on the mesh and the state's own: updates donate it. config: LlamaConfig."""
     rng = jax.random.fold_in(rng, 0)
@@ -31,8 +32,8 @@ def create(
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
     everywhere = sharding.replicated(mesh)
     controllers = {name: jnp.asarray(value, jnp.float32) for name, value in controllers.items()}
-    step, rng, controllers = jax.device_put((jnp.int32(0), rng, controllers), everywhere)
-    return TrainState(trained, opt_state, step, rng, controllers)
+    step, rng, controllers, memory = jax.device_put((jnp.int32(0), rng, controllers, memory), everywhere)
+    return TrainState(trained, opt_state, step, rng, controllers, memory)
 
 
 def trained_shardings(trained: dict, config, mesh) -> dict:

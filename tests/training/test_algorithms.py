@@ -44,6 +44,13 @@ class Bigrams:
         entropy = -(jnp.exp(logprobs) * logprobs).sum(-1)
         return chosen, entropy, role.params(base)["states"][before]
 
+    def forward_kl(self, base, reference, batch, policy, states):
+        shape = batch.completion_ids.shape
+        last = jnp.broadcast_to(batch.prompt_ids[:, None, -1:], (*shape[:2], 1))
+        before = jnp.concatenate([last, batch.completion_ids[..., :-1]], axis=-1)
+        p0, p = (jax.nn.log_softmax(role.params(base)["table"][before]) for role in (reference, policy))
+        return (jnp.exp(p0) * (p0 - p)).sum(-1)
+
 
 def bigrams(seed):
     keys = jax.random.split(jax.random.key(seed), 2)
@@ -85,7 +92,20 @@ def prepared(row, settings, network, base, batch):
     if not row.online:
         return batch
     controllers = {"kl_coeff": jnp.float32(0.1), "baseline": jnp.float32(0.2)}
-    return rollout.make_prepare(row, settings, network)({"base": base}, controllers, batch)[0]
+    batch = rollout.make_prepare(row, settings, network)({"base": base}, controllers, batch)[0]
+    if row.select is None:
+        return batch
+    return row.select(settings, first_memory(row, settings, batch), batch, jax.random.key(3))[1]
+
+
+MARKERS = np.arange(40, 45, dtype=np.int32)[:, None]  # of five quantiles, one token each
+
+
+def first_memory(row, settings, batch):
+    if row.memory is None:
+        return None
+    markers = (MARKERS, np.ones_like(MARKERS))
+    return row.memory(settings, markers, batch.prompt_ids.shape[1], batch.completion_ids.shape[2])
 
 
 def gradient(name, changes, batch, microbatches=1):
@@ -167,14 +187,17 @@ def test_dpo_rewards_are_those_of_the_log_ratio(loss_type):
 
 
 BANDIT = dict(kl_coeff=0.0)
-STEPS = dict(reinforce=40, a2c=40, rloo=30)
+STEPS = dict(reinforce=40, a2c=40, rloo=30, raft=40, online_dpo=30, quark=60)
 
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_learns_what_is_rewarded(tiny_llama, name):
     """The score is the share of tokens below 32: 1 is best, and half of that is chance."""
     (model, base), row = tiny_llama, ALGORITHMS[name]
-    changes = BANDIT | (dict(kl_loss_coeff=0.0) if name == "grpo" else {})
+    changes = BANDIT | (dict(kl_loss_coeff=0.0) if name in ("grpo", "quark") else {})
+    changes |= (
+        dict(pool_size=128, num_quantiles=2, batch_size=8, num_completions=4) if name == "quark" else {}
+    )
     settings, network = row.settings(**changes), Network(model, vocab_chunk=0)
     adapter = lora.init(jax.random.key(1), model.config, lora.LoraConfig(rank=8))
     trained = {
@@ -188,16 +211,27 @@ def test_learns_what_is_rewarded(tiny_llama, name):
     objective = functools.partial(row.objective, settings, network)
     update = jax.jit(make_update(objective, optimizer))
     prompts = jnp.full((8, 3), 5, jnp.int32), jnp.ones((8, 3), jnp.int32)
+    asked = memory = None
+    if row.memory is not None:
+        best = jnp.broadcast_to(MARKERS[settings.num_quantiles - 1], (8, 1))
+        marker = (best, jnp.ones_like(best))
+        asked = tuple(jnp.concatenate(pair, 1) for pair in zip(prompts, marker, strict=True))
+    select = None if row.select is None else jax.jit(functools.partial(row.select, settings))
     sampling = SamplingConfig(4, num_completions=4)
     controllers, rewards = {"kl_coeff": jnp.float32(0.0), "baseline": jnp.float32(0.5)}, []
     for step in range(STEPS.get(name, 20)):
         head = state.trained["value"].head if "value" in row.trains else None
         key = jax.random.fold_in(jax.random.key(7), step)
-        batch = rollout.sample(network, base, state.trained["policy"], prompts, key, sampling, head)
+        batch = rollout.sample(network, base, state.trained["policy"], prompts, key, sampling, head, asked)
         batch = batch.replace(scores=(batch.completion_ids < 32).mean(-1).astype(jnp.float32))
         batch, metrics = prepare({"base": base}, controllers, batch)
         rewards.append(float(metrics["reward"]))
+        if select is not None:
+            memory = first_memory(row, settings, batch) if memory is None else memory
+            memory, batch = select(memory, batch, key)
         state, more = update(state, {"base": base}, batch)
-        assert more["first_ratio_gap"] < 1e-3 and more["skipped_updates"] == 0
+        assert more.get("first_ratio_gap", 0.0) < 1e-3 and more["skipped_updates"] == 0
         controllers = row.control(settings, controllers, metrics | more, 32)
-    assert rewards[0] < 0.65 and np.mean(rewards[-3:]) > 0.9, rewards
+    # Quark's updates say what is good and not to do it, and learn to tell quantiles apart first.
+    enough = 0.8 if name == "quark" else 0.9
+    assert rewards[0] < 0.65 and np.mean(rewards[-3:]) > enough, rewards

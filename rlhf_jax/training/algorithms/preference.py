@@ -102,9 +102,13 @@ class SimPOSettings(ReferenceFreeSettings):
 
 
 def dpo_objective(settings, network, trained, frozen, controllers, batch, rng):
+    return dpo_loss(settings, batch, *_policy_and_reference(network, trained, frozen, batch))
+
+
+def dpo_loss(settings, batch, policy, reference):
+    """(mean loss, (pairs, metrics)) from log-probabilities of all completions, [B, 2, R] or [2 B, R] each."""
     averaged = preference.LOSSES[settings.loss_type].averaged
-    policy, reference = _policy_and_reference(network, trained, frozen, batch)
-    mask = _mask(batch)
+    policy, reference, mask = sequences(policy), sequences(reference), _mask(batch)
     if settings.tail_weight == 1:
         of_completions = sequence_mean if averaged else sequence_sum
         policy, reference = (of_completions(x, mask) for x in (policy, reference))
