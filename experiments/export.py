@@ -57,7 +57,7 @@ def tell_suffix(output: str, meta: dict, console) -> None:
         file.write(
             "# How to prompt this model\n\n"
             f"It was tuned to read the text `{suffix}` (tokens {ids}) right after the prompt: it asks for "
-            "completions of the best reward quantile (Quark, arXiv:2205.13636). Append these tokens to the prompt's:\n\n"
+            "completions of the best reward quantile (Quark, arXiv:2205.13636). Append these tokens to yours:\n\n"
             f"```python\nids = tokenizer(prompt).input_ids + {ids}\n```\n"
         )
     console.note(f"put {suffix!r} (tokens {ids}) after each prompt: README.md in {output} says so")

@@ -5,8 +5,8 @@ import dataclasses
 
 import numpy as np
 
+from rlhf_jax.data.tokenization import TextTokenizer
 from rlhf_jax.errors import InputError
-from rlhf_jax.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,25 +15,23 @@ class Markers:
     ids: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, run: Run, template: str, number: int) -> "Markers":
-        """template: a text in which {} is the quantile, 1 to `number`.
+    def of(cls, tokenizer: TextTokenizer, template: str, number: int, room: int) -> "Markers":
+        """template: a text in which {} is the quantile, 1 to `number`. room: tokens that the context has for it.
 
         Raises: InputError if two quantiles have the same tokens, or the context is too short for them.
         """
         texts = tuple(template.replace("{}", str(k + 1)) for k in range(number))
-        ids = tuple(tuple(run.tokenizer.encode_completion(text, add_eos=False)) for text in texts)
+        ids = tuple(tuple(tokenizer.encode_completion(text, add_eos=False)) for text in texts)
         if not all(ids) or len(set(ids)) < number:
             raise InputError(
                 f"config.quark.reward_token is {template!r}; this tokenizer does not tell its {number} quantiles "
                 "apart. Give a text with {} in it, in the place of which stands the number of the quantile."
             )
         made = cls(texts, ids)
-        longest = run.prompt_length + made.length + run.config.data.completion_tokens + 1
-        if longest > run.model.config.max_position:
+        if made.length > room:
             raise InputError(
-                f"config.quark.reward_token takes {made.length} tokens, which with the prompt's {run.prompt_length} "
-                f"and config.data.completion_tokens {run.config.data.completion_tokens} + 1 is more than the model's "
-                f"context of {run.model.config.max_position}."
+                f"config.quark.reward_token takes {made.length} tokens, and config.data.prompt_tokens and "
+                f"completion_tokens leave {max(room, 0)} of the model's context. Lower one of these."
             )
         return made
 

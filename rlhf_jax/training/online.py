@@ -63,7 +63,8 @@ def online(run: Run, name: str) -> None:
     )
     markers, memory, first_steps = None, None, 0
     if algorithm.memory is not None:
-        markers = Markers.of(run, section.reward_token, section.num_quantiles)
+        room = run.model.config.max_position - sum(lengths) - 1
+        markers = Markers.of(run.tokenizer, section.reward_token, section.num_quantiles, room)
         first_steps = section.reference_steps
         memory = algorithm.memory(settings, markers.padded(run.tokenizer.pad_id), *lengths)
     suffix = markers.best if markers else ()

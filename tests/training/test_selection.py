@@ -104,23 +104,17 @@ def test_settings_that_cannot_be(settings, said):
     assert said in settings.check()
 
 
-def make_run(max_position=64):
-    """A run whose tokenizer has a token for each character but the digits, which it does not know apart."""
-    encode = lambda text, add_eos: [3 if c.isdigit() and int(c) > 4 else ord(c) for c in text]
-    config = types.SimpleNamespace(data=types.SimpleNamespace(completion_tokens=20))
-    model = types.SimpleNamespace(config=types.SimpleNamespace(max_position=max_position))
-    tokenizer = types.SimpleNamespace(encode_completion=encode)
-    return types.SimpleNamespace(tokenizer=tokenizer, config=config, model=model, prompt_length=16)
-
-
 def test_markers():
-    made = Markers.of(make_run(), "<{}>", 4)
+    # A token for each character, but one for all digits above 4.
+    encode = lambda text, add_eos: [3 if c.isdigit() and int(c) > 4 else ord(c) for c in text]
+    tokenizer = types.SimpleNamespace(encode_completion=encode)
+    made = Markers.of(tokenizer, "<{}>", 4, room=3)
     assert made.texts == ("<1>", "<2>", "<3>", "<4>") and made.best == tuple(map(ord, "<4>"))
     ids, mask = made.padded(0)
     assert ids.shape == (4, 3) and mask.all()
     with pytest.raises(InputError, match=r"reward_token is '<\{\}>'.*6 quantiles apart"):
-        Markers.of(make_run(), "<{}>", 6)  # 5 and 6 are both unknown
+        Markers.of(tokenizer, "<{}>", 6, room=3)  # 5 and 6 are one token
     with pytest.raises(InputError, match="quantiles apart"):
-        Markers.of(make_run(), "good", 2)
-    with pytest.raises(InputError, match="context of 39"):
-        Markers.of(make_run(max_position=39), "<{}>", 4)
+        Markers.of(tokenizer, "good", 2, room=9)
+    with pytest.raises(InputError, match="takes 3 tokens.*leave 2 of"):
+        Markers.of(tokenizer, "<{}>", 4, room=2)
