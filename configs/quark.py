@@ -10,7 +10,7 @@ def get_config(size="tiny"):
     config = common.from_reward(
         size,
         "quark",
-        num_quantiles=3 if size == "tiny" else 5,
+        num_quantiles=5,
         reward_token=" {}",  # text after the prompt, {} the quantile: 1 the worst, num_quantiles the best
         reference_steps=2,  # first steps, whose completions are the reference's, given the prompt alone
         pool_size=4096,  # completions of the last steps that are learned from; the oldest leave first
