@@ -114,6 +114,7 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         temperature=1.0,  # 0 is greedy
         num_beams=1,  # 1 samples; more: the best num_completions beams, at temperature 1 and with no filter
         length_penalty=1.0,  # of beams: their log-probability over length**length_penalty ranks them
+        best_of=1,  # samples for each completion of the tuned side, of which the one with the highest reward counts
         max_kl=10.0,  # nats a completion; the report warns above it
     )
     config.logging = dict(

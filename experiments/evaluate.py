@@ -22,7 +22,8 @@ def side_by_side_and_report(run) -> None:
     import numpy as np
 
     from rlhf_jax.data.formats import readable
-    from rlhf_jax.evaluation import curves, report, side_by_side
+    from rlhf_jax.errors import InputError
+    from rlhf_jax.evaluation import best_of_n, curves, report, side_by_side
     from rlhf_jax.models.roles import Role
     from rlhf_jax.parallel import mesh as meshes
     from rlhf_jax.rewards import rules
@@ -30,18 +31,25 @@ def side_by_side_and_report(run) -> None:
     from rlhf_jax.training.scoring import Rewards
 
     config, section = run.config, run.config.evaluation
-    name = tuned_stage(run)
-    policy, _, meta = run.load_role(name)
+    name = judged_stage(run)
+    policy, _, meta = run.load_role(name) if name else (Role(), None, {})
     base = run.raw_base if name == "sft" else run.base
     rewards = Rewards(config.rewards, run.console.warn)
     reward = None
     if run.has_role("reward_model") and rewards.learned:
         reward = (run.load_role("reward_model")[0], meta.get("reward_mean", 0.0), meta.get("reward_std", 1.0))
+    greedy = section.temperature == 0 or section.num_beams > 1
+    if section.best_of > 1 and (greedy or (rewards.learned and reward is None)):
+        raise InputError(
+            f"config.evaluation.best_of is {section.best_of}, which needs config.evaluation.temperature above 0, "
+            "num_beams 1 and a reward to choose by: put 'reward_model' into config.stages, or name other rewards in "
+            "config.rewards.components."
+        )
     prompts = run.encoded_prompts["held_out"]
     texts = [readable(prompt.text) for prompt, _ in prompts]
     gold = rules.RULES[run.gold] if run.gold else None
-    found = {}
-    online = ALGORITHMS[name].online
+    found, best_of = {}, None
+    rewarded = section.best_of > 1 or ALGORITHMS[name].online
     sampling = run.decoding()
     said = config.sampling.to_dict() | {"temperature": section.temperature}
     if section.num_beams > 1:
@@ -51,10 +59,14 @@ def side_by_side_and_report(run) -> None:
             "min_new_tokens": sampling.min_new_tokens,
         }
     with rewards:
-        for side, role, against in (("untuned", Role(), None), ("tuned", policy, Role())):
+        for side, role, against, n in (
+            ("untuned", Role(), None, 1),
+            ("tuned", policy, Role(), section.best_of),
+        ):
             run.console.note(
                 f"evaluation: {side}, {len(texts)} prompts x {section.num_completions} completions"
                 + (f", the best of {section.num_beams} beams" if section.num_beams > 1 else "")
+                + (f", each the best of {n}" if n > 1 else "")
             )
             with meshes.activate(run.mesh):
                 sampled = side_by_side.completions_of(
@@ -72,18 +84,24 @@ def side_by_side_and_report(run) -> None:
                     against=against,
                     vocab_chunk=config.model.vocab_chunk,
                     check=lambda: run.stop.check("evaluation"),
+                    suffix=tuple(meta.get("prompt_suffix_ids", ())) if side == "tuned" else (),
+                    rounds=n,
                 )
-            if online and not rewards.plain:
+            if rewarded and not rewards.plain:
                 asked = [prompt for prompt, _ in prompts]
                 total, _ = rewards.total(sampled.get("reward"), asked, sampled["texts"], normalise=False)
                 sampled["reward"] = np.asarray(total)
             found[side] = side_by_side.with_gold(sampled, texts, gold)
+            if n > 1:
+                best_of = {"n": n} | means_by_n(found[side], n)
+                found[side] = best_of_n.choose(found[side], n)
     side_by_side.write(
         run.workdir,
         texts,
         **found,
         gold_name=rules.DESCRIPTIONS[run.gold] if run.gold else "",
         sampling=said,
+        best_of=best_of,
     )
     report.write_report(run.workdir, kl_limit=section.max_kl)
     curves.save_summary_png(run.workdir)
@@ -117,6 +135,31 @@ def judge_reward_model(run, train_pairs, held_out, scores) -> None:
     run.console.note(f"reward_model: {told}")
 
 
+def means_by_n(found: dict, n: int) -> dict:
+    """{"curve": {"n", "reward", "gold_reward", "kl"}}: of the best of 1, 2, 4, ... n, over prompts and all samples."""
+    import numpy as np
+
+    from rlhf_jax.evaluation.best_of_n import best_of_n_curve
+
+    proxy = np.asarray(found["reward"], np.float64)
+    proxy = np.where(np.isfinite(proxy), proxy, np.nanmin(proxy, where=np.isfinite(proxy), initial=np.inf))
+    gold = found.get("gold_reward", proxy)
+    ns = sorted({2**i for i in range(n.bit_length())} | {n})
+    made = best_of_n_curve(proxy, gold, ns)
+    curve = {"n": ns, "reward": made["proxy"].mean(0).tolist(), "kl": made["kl"].tolist()}
+    if "gold_reward" in found:
+        curve["gold_reward"] = made["gold"].mean(0).tolist()
+    return {"curve": curve}
+
+
+def judged_stage(run) -> str | None:
+    """The last stage that tuned a policy; None where the best of n of the base itself is to be judged."""
+    own = ("sft", "preferences", "reward_model", "evaluation")
+    if run.config.evaluation.best_of > 1 and all(stage in own for stage in run.config.stages):
+        return None
+    return tuned_stage(run)
+
+
 def tuned_stage(run) -> str:
     """The last stage of the config that trained a policy and is done."""
     from rlhf_jax.errors import InputError
@@ -137,13 +180,18 @@ def tell(run) -> None:
     path = run.path("evaluation.json")
     if not os.path.exists(path):
         return
-    summary = read_json(path)["summary"]
-    rows = []
+    evaluation = read_json(path)
+    summary, best_of, rows = evaluation["summary"], evaluation.get("best_of"), []
     for name, told in TOLD.items():
         before, after = summary.get(f"untuned/{name}"), summary.get(f"tuned/{name}")
         if after is not None:
+            told += " (upper bound)" if name == "kl" and best_of else ""
             rows.append([told, before, after, None if before is None else after - before])
     run.console.table("held-out prompts", ["", "before", "after", "change"], rows)
+    if best_of:
+        values = list(best_of["curve"].values())
+        title = "by number of samples, an estimate from all of them"
+        run.console.table(title, list(best_of["curve"]), [list(row) for row in zip(*values, strict=True)])
     run.console.note(f"report: {run.path('report.html')}")
 
 

@@ -33,17 +33,34 @@ def command(argv):
     console = Console()
     run = Run(config, flags.workdir, console, StopRequest())
     stage = tuned_stage(run)
-    role, settings, _ = run.load_role(stage)
+    role, settings, meta = run.load_role(stage)
     base = run.raw_base if stage == "sft" else run.base
     if role.base is None and not flags.merge:
         peft.save_adapter(
             flags.output, role.adapter, settings, base_model_name=base_directory(run, flags.output)
         )
+        tell_suffix(flags.output, meta, console)
         console.note(f"adapter of stage {stage} written to {flags.output}")
         return
     weights = role.base if role.base is not None else lora.merge(base, role.adapter, settings)
     huggingface.save_llama(flags.output, run.model.config, weights, run.tokenizer.tokenizer)
+    tell_suffix(flags.output, meta, console)
     console.note(f"weights of stage {stage} written to {flags.output}")
+
+
+def tell_suffix(output: str, meta: dict, console) -> None:
+    """A README where the policy is one that reads a text after each prompt: without it, it is another policy."""
+    if "prompt_suffix" not in meta:
+        return
+    suffix, ids = meta["prompt_suffix"], meta["prompt_suffix_ids"]
+    with open(os.path.join(output, "README.md"), "w", encoding="utf-8") as file:
+        file.write(
+            "# How to prompt this model\n\n"
+            f"It was tuned to read the text `{suffix}` (tokens {ids}) right after the prompt: it asks for "
+            "completions of the best reward quantile (Quark, arXiv:2205.13636). Append these tokens to yours:\n\n"
+            f"```python\nids = tokenizer(prompt).input_ids + {ids}\n```\n"
+        )
+    console.note(f"put {suffix!r} (tokens {ids}) after each prompt: README.md in {output} says so")
 
 
 def base_directory(run, output: str) -> str:

@@ -40,16 +40,19 @@ def completions_of(
     against: Role | None = None,  # the role to measure KL to
     vocab_chunk: int = 8192,
     check: Callable = lambda: None,  # called between batches
+    suffix: tuple[int, ...] = (),  # ids that the role, and nobody else, reads after each prompt
+    rounds: int = 1,  # draws of G completions; the first is the same whatever the number
 ) -> dict:
     """{"texts": [N][G], "completion_length", "finished", "reward", "kl": [N, G] where asked}, prompts in order.
 
-    sampling: SamplingConfig, or BeamConfig for the best beams.
+    sampling: SamplingConfig, or BeamConfig for the best beams. With rounds, G is rounds times its num_completions: one
+      round's after another's.
     kl: sum over the completion of log p - log p_against at the sampling temperature, in nats; not for greedy. Beams
       are no samples and their mean is no KL: of them it is "log_ratio", which says how each side rates this text.
     """
     by_beams = isinstance(sampling, BeamConfig)
     G, temperature = (
-        (sampling.num_return, 1.0) if by_beams else (sampling.num_completions, sampling.temperature)
+        (sampling.num_return, 1.0) if by_beams else (rounds * sampling.num_completions, sampling.temperature)
     )
     rows = []
 
@@ -76,21 +79,24 @@ def completions_of(
         check()
         chosen = prompts[start : start + batch_size]
         filled = chosen + [chosen[-1]] * (batch_size - len(chosen))
-        ids, mask = put(pad_prompts(filled, prompt_length, sampling.pad_id))
-        params = role.params(base)
-        if by_beams:
-            made = beam_search(model, params, ids, mask, sampling, role.adapter)
-        else:
-            key = jax.random.fold_in(rng, start)
-            made = generate(model, params, ids, mask, key, sampling, role.adapter)
-        batch = GroupedBatch(ids, mask, made.ids, made.mask, old_logprobs=made.logprobs)
-        found = jax.device_get(measure(base, batch)) | {
-            "completion_length": np.asarray(made.mask.sum(-1)),
-            "finished": np.asarray(made.finished),
-        }
+        ids, mask = asked = put(pad_prompts(filled, prompt_length, sampling.pad_id))
+        if suffix:
+            longer = [[*prompt, *suffix] for prompt in filled]
+            asked = put(pad_prompts(longer, prompt_length + len(suffix), sampling.pad_id))
+        params, key, drawn = role.params(base), jax.random.fold_in(rng, start), []
+        for number in range(rounds):
+            if by_beams:
+                made = beam_search(model, params, *asked, sampling, role.adapter)
+            else:
+                own = jax.random.fold_in(key, number) if number else key
+                made = generate(model, params, *asked, own, sampling, role.adapter)
+            batch = GroupedBatch(ids, mask, made.ids, made.mask, old_logprobs=made.logprobs)
+            found = measure(base, batch) | {"completion_length": made.mask.sum(-1), "finished": made.finished}
+            drawn.append(jax.device_get((made.ids, made.mask, found)))
+        made_ids, made_mask, found = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *drawn)
         texts = [
             [tokenizer.decode_completion(row[kept > 0].tolist()) for row, kept in zip(*group, strict=True)]
-            for group in zip(np.asarray(made.ids), np.asarray(made.mask), strict=True)
+            for group in zip(made_ids, made_mask, strict=True)
         ]
         rows.append((texts[: len(chosen)], {name: x[: len(chosen)] for name, x in found.items()}))
     arrays = {name: np.concatenate([found[name] for _, found in rows]) for name in rows[0][1]}
@@ -110,7 +116,14 @@ def with_gold(found: dict, prompts: list[str], gold: Callable | None) -> dict:
 
 
 def write(
-    workdir: str, prompts: list[str], untuned: dict, tuned: dict, *, gold_name: str, sampling: dict
+    workdir: str,
+    prompts: list[str],
+    untuned: dict,
+    tuned: dict,
+    *,
+    gold_name: str,
+    sampling: dict,
+    best_of: dict | None = None,  # of the tuned side: n, and means by n
 ) -> dict:
     """Write the three files, each whole or not at all; returns the summary."""
     sides = {"untuned": untuned, "tuned": tuned}
@@ -143,6 +156,8 @@ def write(
         "summary": summary,
         "prompts": prompts,
     }
+    if best_of:
+        evaluation["best_of"] = best_of
     for name, side in sides.items():
         # Column by column: the first num_prompts entries are the completions of the side-by-side files.
         arrays = {

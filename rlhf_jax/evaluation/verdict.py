@@ -70,7 +70,12 @@ def _summary(run, reward, gold, bad, warned):
         count = run.evaluation.get("num_prompts") or len(run.tuned)
         said += f", on {count} held-out prompts" if count else ""
         kl = mean(run.evaluated("tuned", "kl"))
-        said += f", at a distance of {page.number(kl)} nats from the starting model" if kl is not None else ""
+        most = "at most " if run.evaluation.get("best_of") else ""
+        said += (
+            f", at a distance of {most}{page.number(kl)} nats from the starting model"
+            if kl is not None
+            else ""
+        )
         parts.append(f"{said}.")
     elif run.stages():
         last = run.stages()[-1]

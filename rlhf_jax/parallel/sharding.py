@@ -106,6 +106,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Of arrays [B, ...], split over B; axis: where B stands."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, dict(RULES)["batch"]))
+
+
 def put_batch(batch, mesh: Mesh, axis: int = 0):
     """Host arrays [B, ...] of a batch onto the mesh, split over B; axis: where B stands."""
     axes = dict(RULES)["batch"]
@@ -117,7 +122,7 @@ def put_batch(batch, mesh: Mesh, axis: int = 0):
                 f"a batch of {x.shape[axis]} rows cannot be split over {ways} devices (mesh axes {axes}); "
                 f"make the stage's batch_size a multiple of {ways}, or change config.mesh."
             )
-        return jax.device_put(np.asarray(x), NamedSharding(mesh, PartitionSpec(*[None] * axis, axes)))
+        return jax.device_put(np.asarray(x), batch_sharding(mesh, axis))
 
     return jax.tree.map(put, batch)
 

@@ -16,14 +16,15 @@ POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_min
             "reward_reference_batches", "keep_latest", "eps", "clip_epsilon", "value_clip", "ptx_batch_size",
             "clip_low", "clip_high", "beta", "discopop_tau", "timeout_seconds", "kl_horizon", "max_kl",
             "head_multiplier", "num_beams", "repetition_penalty", "max_kl_per_token", "cg_iterations",
-            "cg_tolerance", "backtrack_factor", "n_step", "reference_sync_mix", "kl_budget_rate")  # fmt: skip
+            "cg_tolerance", "backtrack_factor", "n_step", "reference_sync_mix", "kl_budget_rate", "keep",
+            "num_quantiles", "pool_size", "best_of")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps",
                 "weight_decay", "clip_norm", "value_coeff", "ptx_coeff", "stop_approx_kl",
                 "clip_epsilon_high", "entropy_coeff", "reward_clip", "dual_clip", "ratio_clip",
                 "center_coeff", "eval_every_steps", "held_out_prompts", "held_out_pairs", "vocab_chunk",
                 "min_new_tokens", "num_samples", "keep_best", "layers", "packed_tokens", "cg_damping",
                 "backtrack_steps", "max_refills", "overlong_buffer_tokens", "overlong_penalty",
-                "reference_sync_steps")  # fmt: skip
+                "reference_sync_steps", "reference_steps")  # fmt: skip
 FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p", "min_p", "label_smoothing",
             "backtrack_factor", "accept_ratio")  # fmt: skip
 CHOICES = {

@@ -26,9 +26,21 @@ class Collector:
     """
 
     def __init__(
-        self, run: Run, section, algorithm: Algorithm, settings, network: Network, rewards: Rewards, reward
+        self,
+        run: Run,
+        section,
+        algorithm: Algorithm,
+        settings,
+        network: Network,
+        rewards: Rewards,
+        reward,
+        suffix: tuple[int, ...] = (),
     ):
-        """section: the algorithm's, of the config. reward: the learned reward's Role; None without one."""
+        """section: the algorithm's, of the config. reward: the learned reward's Role; None without one.
+
+        suffix: ids that the policy, and nobody else, reads after each prompt.
+        """
+        self.suffix = suffix
         self.run, self.section, self.rewards, self.reward = run, section, rewards, reward
         self.algorithm, self.settings = algorithm, settings
         self.network, self.sampling = network, run.sampling(section.num_completions)
@@ -45,15 +57,16 @@ class Collector:
             )
         )
 
-    def __call__(self, state, chosen, key, more=None):
+    def __call__(self, state, chosen, key, more=None, *, from_reference=False):
         """(prompts that it is of, batch, metrics).
 
         Args:
           chosen: (prompt, ids) each; may be short: the rows that fill the batch weigh nothing.
           more: n -> (as many other prompts, key), pure in n < settings.max_refills: groups that teach nothing are
             replaced by groups of these. None: no group is.
+          from_reference: the base's completions in the place of the policy's.
         """
-        batch, metrics = self.scored(state, chosen, key)
+        batch, metrics = self.scored(state, chosen, key, from_reference)
         if self.max_refills and more is not None:
             # How good the policy is, before what it has learned already is left out; the rest of the metrics is of
             # what is trained on.
@@ -82,11 +95,11 @@ class Collector:
             chosen, refills = [[*chosen, *others][i] for i in source], refills + 1
         return chosen, batch, metrics | {"refills": refills, "filled_fraction": good.mean()}
 
-    def scored(self, state, chosen, key):
+    def scored(self, state, chosen, key, from_reference=False):
         """(batch with scores, metrics of their components)."""
         size = self.section.batch_size
         filled = [*chosen, *chosen[-1:] * (size - len(chosen))]
-        batch = self.sample(state, filled, key)
+        batch = self.sample(state, filled, key, from_reference)
         if len(chosen) < size:
             real = jnp.arange(size)[:, None] < len(chosen)
             batch = batch.replace(weights=batch.weights * real)
@@ -98,13 +111,18 @@ class Collector:
             batch = batch.replace(greedy=greedy.replace(scores=baseline))
         return batch.replace(scores=scores), metrics
 
-    def sample(self, state, chosen, key):
+    def sample(self, state, chosen, key, from_reference=False):
         """Completions with log-probabilities, and values if there is a value role."""
         policy, value = state.trained["policy"], state.trained.get("value")
         shared = value is not None and self.section.value == "shared"
         head = value.head if shared else None
-        base = self.run.base
-        batch = rollout.sample(self.network, base, policy, self.arrays(chosen), key, self.sampling, head)
+        base, asked = self.run.base, None
+        if from_reference:
+            policy = roles.Role()
+        elif self.suffix:
+            asked = self.arrays(chosen, self.suffix)
+        prompts = self.arrays(chosen)
+        batch = rollout.sample(self.network, base, policy, prompts, key, self.sampling, head, asked)
         if value is not None and not shared:
             batch = batch.replace(old_values=self.values_of(base, value, batch))
         return batch
@@ -133,9 +151,9 @@ class Collector:
             self.network, self.run.base, self.reward, arrays, key, self.sampling, self.scorer
         )
 
-    def arrays(self, chosen):
-        run = self.run
-        return run.put(pad_prompts([ids for _, ids in chosen], run.prompt_length, run.tokenizer.pad_id))
+    def arrays(self, chosen, suffix=()):
+        run, prompts = self.run, [[*ids, *suffix] for _, ids in chosen]
+        return run.put(pad_prompts(prompts, run.prompt_length + len(suffix), run.tokenizer.pad_id))
 
 
 @jax.jit

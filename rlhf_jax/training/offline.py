@@ -103,7 +103,9 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict,
         }
 
     with meshes.activate(run.mesh):
-        state = states.create(trained, optimizer, run.rng(name), {}, run.model.config, run.mesh, follower)
+        state = states.create(
+            trained, optimizer, run.rng(name), {}, run.model.config, run.mesh, reference=follower
+        )
         announce(run, name, trained, f"{what}, {section.batch_size} a step")
         state = train(
             name,

@@ -12,10 +12,12 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.training import state as states
 from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.collect import Collector
 from rlhf_jax.training.loop import StepOutput, train
+from rlhf_jax.training.markers import Markers
 from rlhf_jax.training.offline import encode_groups, examples, longest
 from rlhf_jax.training.run import Run, announce, optimizer_of, resumable, settings_of
 from rlhf_jax.training.scoring import Rewards
@@ -63,7 +65,21 @@ def online(run: Run, name: str) -> None:
         ),
         donate_argnums=0,
     )
-    collect = Collector(run, section, algorithm, settings, network, rewards, reward)
+    markers, memory, first_steps = None, None, 0
+    if algorithm.memory is not None:
+        room = run.model.config.max_position - sum(lengths) - 1
+        markers = Markers.of(run.tokenizer, section.reward_token, section.num_quantiles, room)
+        first_steps = section.reference_steps
+        memory = algorithm.memory(settings, markers.padded(run.tokenizer.pad_id), *lengths)
+    suffix = markers.best if markers else ()
+    collect = Collector(run, section, algorithm, settings, network, rewards, reward, suffix)
+    select = None
+    if algorithm.select is not None:
+        select = jax.jit(
+            functools.partial(algorithm.select, settings),
+            donate_argnums=0,
+            out_shardings=(sharding.replicated(run.mesh), sharding.batch_sharding(run.mesh)),
+        )
 
     def step(state, position):
         chosen = data.batch(position)
@@ -74,8 +90,13 @@ def online(run: Run, name: str) -> None:
             return data.batch(section.steps + n), jax.random.fold_in(jax.random.fold_in(rng, 5), n)
 
         key = jax.random.fold_in(jax.random.fold_in(rng, 2), position)
-        chosen, batch, metrics = collect(state, chosen, key, more)
-        state, update_metrics = update(state, frozen, batch, rows_of(position))
+        chosen, batch, metrics = collect(state, chosen, key, more, from_reference=position < first_steps)
+        taught = batch
+        if select is not None:
+            key = jax.random.fold_in(jax.random.fold_in(rng, 6), position)
+            memory, taught = select(state.memory, batch, key)
+            state = state.replace(memory=memory)
+        state, update_metrics = update(state, frozen, taught, rows_of(position))
         metrics |= update_metrics | {"learning_rate": schedule(position * updates_a_step)}
         if algorithm.control is not None:
             controllers = algorithm.control(settings, state.controllers, metrics, batch.weights.size)
@@ -126,7 +147,7 @@ def online(run: Run, name: str) -> None:
     controllers = {**settings.kl_controllers, "reward_mean": 0.0, "reward_std": 1.0}
     controllers |= dict.fromkeys(algorithm.controllers, 0.0)
     with rewards, meshes.activate(run.mesh):
-        state = states.create(trained, optimizer, rng, controllers, run.model.config, run.mesh)
+        state = states.create(trained, optimizer, rng, controllers, run.model.config, run.mesh, memory=memory)
         announce(
             run, name, trained, f"{section.batch_size} prompts x {section.num_completions} completions a step"
         )
@@ -146,6 +167,8 @@ def online(run: Run, name: str) -> None:
             best_metric="eval/reward" if section.eval_every_steps else "reward",
         )
     meta = {k: float(v) for k, v in state.controllers.items()} | {"step": int(state.step)}
+    if markers:
+        meta |= {"prompt_suffix": markers.texts[-1], "prompt_suffix_ids": list(markers.best)}
     run.save_role(name, state.trained["policy"], meta)
 
 

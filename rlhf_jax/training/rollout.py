@@ -17,10 +17,16 @@ from rlhf_jax.training.algorithms import Network
 from rlhf_jax.types import GroupedBatch
 
 
-def sample(network: Network, base: dict, policy: Role, prompts, rng, sampling, head=None) -> GroupedBatch:
-    """Completions of `prompts` (ids and mask [B, P], on the mesh) from a role, with their log-probabilities."""
+def sample(
+    network: Network, base: dict, policy: Role, prompts, rng, sampling, head=None, asked=None
+) -> GroupedBatch:
+    """Completions of `prompts` (ids and mask [B, P], on the mesh) from a role, with their log-probabilities.
+
+    asked: prompts that the role reads in the place of these, as (ids, mask); None: the same.
+    """
     ids, mask = prompts
-    made = generate(network.model, policy.params(base), ids, mask, rng, sampling, policy.adapter, head)
+    read = prompts if asked is None else asked
+    made = generate(network.model, policy.params(base), *read, rng, sampling, policy.adapter, head)
     return GroupedBatch(
         prompt_ids=ids,
         prompt_mask=mask,

@@ -29,7 +29,7 @@ from rlhf_jax.training.optimizer import make_optimizer, make_schedule
 # Of the random streams. A number once given stays: with another, no run of before could be repeated.
 SALTS = {"sft": 1, "preferences": 2, "reward_model": 3, "ppo": 4, "evaluation": 5, "dpo": 6, "a2c": 7, "reinforce": 8,
          "reinforce_pp": 9, "rloo": 10, "grpo": 11, "kto": 12, "orpo": 13, "cpo": 14, "simpo": 15,
-         "trpo": 16, "remax": 17, "ppo_ptx": 21}  # fmt: skip
+         "trpo": 16, "remax": 17, "raft": 18, "online_dpo": 19, "quark": 20, "ppo_ptx": 21}  # fmt: skip
 
 
 class Run:
@@ -66,7 +66,8 @@ class Run:
     def gold(self) -> str:
         """The rule that is measured and never trained on; empty if there is none, or it is what is trained on."""
         trains_policy = any(row.online for name, row in ALGORITHMS.items() if name in self.config.stages)
-        trained_on = self.config.rewards.components if trains_policy else ()
+        chosen_by = trains_policy or self.config.evaluation.best_of > 1
+        trained_on = self.config.rewards.components if chosen_by else ()
         return "" if self.config.gold in trained_on else self.config.gold
 
     # The model

@@ -18,9 +18,9 @@ class TrainState:
     step: jax.Array  # int32, finished steps of this stage
     rng: jax.Array  # the stage's key; step n draws from fold_in(rng, n), so nothing random is carried
     controllers: dict  # float32 scalars that adapt: kl_coeff, the normalisation of rewards, ...
-    reference: Role | None = (
-        None  # one that follows the policy (training/reference.py); None: the frozen base
-    )
+    # One that follows the policy (training/reference.py); None: the frozen base.
+    reference: Role | None = None
+    memory: Any = None  # of a row that keeps samples from step to step (Quark's pool)
 
 
 def create(
@@ -30,7 +30,9 @@ def create(
     controllers: dict,
     config,
     mesh,
+    *,
     reference: Role | None = None,
+    memory=None,
 ) -> TrainState:
     """A fresh state, every array placed on the mesh and the state's own: updates donate it. config: LlamaConfig."""
     rng = jax.random.fold_in(rng, 0)
@@ -41,10 +43,10 @@ def create(
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
     everywhere = sharding.replicated(mesh)
     controllers = {name: jnp.asarray(value, jnp.float32) for name, value in controllers.items()}
-    step, rng, controllers = jax.device_put((jnp.int32(0), rng, controllers), everywhere)
+    step, rng, controllers, memory = jax.device_put((jnp.int32(0), rng, controllers, memory), everywhere)
     if reference is not None:
         reference = jax.device_put(reference, sharding.role_shardings(reference, config, mesh))
-    return TrainState(trained, opt_state, step, rng, controllers, reference)
+    return TrainState(trained, opt_state, step, rng, controllers, reference, memory)
 
 
 def trained_shardings(trained: dict, config, mesh) -> dict:

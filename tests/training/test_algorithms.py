@@ -66,6 +66,13 @@ class Bigrams(Network):
         heads = (x["table"][:WIDTH] for x in (role.params(base), base))
         return fused_kl(states, next(heads), reference_states, next(heads), chunk_size=0)
 
+    def forward_kl(self, base, reference, batch, policy, states):
+        shape = batch.completion_ids.shape
+        last = jnp.broadcast_to(batch.prompt_ids[:, None, -1:], (*shape[:2], 1))
+        before = jnp.concatenate([last, batch.completion_ids[..., :-1]], axis=-1)
+        p0, p = (jax.nn.log_softmax(role.params(base)["table"][before]) for role in (reference, policy))
+        return (jnp.exp(p0) * (p0 - p)).sum(-1)
+
 
 def bigrams(seed):
     keys = jax.random.split(jax.random.key(seed), 2)
@@ -112,7 +119,20 @@ def prepared(row, settings, network, base, batch, policy):
         return batch
     controllers = {"kl_coeff": jnp.float32(0.1), "baseline": jnp.float32(0.2)}
     frozen = {"base": base, "policy": policy}
-    return rollout.make_prepare(row, settings, network)(frozen, controllers, batch)[0]
+    batch = rollout.make_prepare(row, settings, network)(frozen, controllers, batch)[0]
+    if row.select is None:
+        return batch
+    return row.select(settings, first_memory(row, settings, batch), batch, jax.random.key(3))[1]
+
+
+MARKERS = np.arange(40, 45, dtype=np.int32)[:, None]  # of five quantiles, one token each
+
+
+def first_memory(row, settings, batch):
+    if row.memory is None:
+        return None
+    markers = (MARKERS, np.ones_like(MARKERS))
+    return row.memory(settings, markers, batch.prompt_ids.shape[1], batch.completion_ids.shape[2])
 
 
 def started(row, settings, network, trained, optimizer, microbatches=1):
@@ -201,8 +221,12 @@ def test_dpo_rewards_are_those_of_the_log_ratio(loss_type):
 
 
 BANDIT = dict(kl_coeff=0.0)
-OF_A_ROW = dict(grpo=dict(kl_loss_coeff=0.0), trpo=dict(max_kl_per_token=0.2, cg_damping=1.0))
-STEPS = dict(reinforce=40, a2c=40, rloo=30, trpo=30)
+OF_A_ROW = dict(
+    grpo=dict(kl_loss_coeff=0.0),
+    trpo=dict(max_kl_per_token=0.2, cg_damping=1.0),
+    quark=dict(kl_loss_coeff=0.0, pool_size=128, num_quantiles=2, batch_size=8, num_completions=4),
+)
+STEPS = dict(reinforce=40, a2c=40, rloo=30, trpo=30, raft=40, online_dpo=30, quark=60)
 
 
 @pytest.mark.parametrize("name", ONLINE)
@@ -220,12 +244,18 @@ def test_learns_what_is_rewarded(tiny_llama, name):
     state, update = started(row, settings, network, trained, optimizer)
     prepare = rollout.make_prepare(row, settings, network)
     prompts = jnp.full((8, 3), 5, jnp.int32), jnp.ones((8, 3), jnp.int32)
+    asked = memory = None
+    if row.memory is not None:
+        best = jnp.broadcast_to(MARKERS[settings.num_quantiles - 1], (8, 1))
+        marker = (best, jnp.ones_like(best))
+        asked = tuple(jnp.concatenate(pair, 1) for pair in zip(prompts, marker, strict=True))
+    select = None if row.select is None else jax.jit(functools.partial(row.select, settings))
     sampling = SamplingConfig(4, num_completions=4)
     controllers, rewards = {"kl_coeff": jnp.float32(0.0), "baseline": jnp.float32(0.5)}, []
     for step in range(STEPS.get(name, 20)):
         head = state.trained["value"].head if "value" in row.trains else None
         key = jax.random.fold_in(jax.random.key(7), step)
-        batch = rollout.sample(network, base, state.trained["policy"], prompts, key, sampling, head)
+        batch = rollout.sample(network, base, state.trained["policy"], prompts, key, sampling, head, asked)
         score = lambda batch: batch.replace(scores=(batch.completion_ids < 32).mean(-1).astype(jnp.float32))
         batch = score(batch)
         if row.greedy_baseline:
@@ -233,7 +263,12 @@ def test_learns_what_is_rewarded(tiny_llama, name):
             batch = batch.replace(greedy=score(greedy))
         batch, metrics = prepare({"base": base}, controllers, batch)
         rewards.append(float(metrics["reward"]))
+        if select is not None:
+            memory = first_memory(row, settings, batch) if memory is None else memory
+            memory, batch = select(memory, batch, key)
         state, more = update(state, {"base": base}, batch)
-        assert more["first_ratio_gap"] < 1e-3 and more["skipped_updates"] == 0
+        assert more.get("first_ratio_gap", 0.0) < 1e-3 and more["skipped_updates"] == 0
         controllers = row.control(settings, controllers, metrics | more, 32)
-    assert rewards[0] < 0.65 and np.mean(rewards[-3:]) > 0.9, rewards
+    # Quark's updates say what is good and not to do it, and learn to tell quantiles apart first.
+    enough = 0.8 if name == "quark" else 0.9
+    assert rewards[0] < 0.65 and np.mean(rewards[-3:]) > enough, rewards

@@ -2,8 +2,9 @@
 
 An algorithm is a pure loss from losses/ plus the few lines here that feed it: supervised.py (SFT, reward models),
 preference.py (DPO, KTO, ORPO, CPO, SimPO), actor_critic.py (PPO, A2C), natural_gradient.py (TRPO), reinforce.py
-(REINFORCE and its baselines), groups.py (RLOO, the GRPO family); shared.py is what online rows have in common,
-critic_free.py what those without a value role have, row.py what a row is. Knows no config object, file or clock."""
+(REINFORCE and its baselines), groups.py (RLOO, the GRPO family), selection.py (RAFT, online DPO, Quark). shared.py is
+what online rows have in common, critic_free.py what those without a value role have, row.py what a row is. Knows no
+config object, file or clock."""
 
 from rlhf_jax.training.algorithms import (
     actor_critic,
@@ -11,11 +12,12 @@ from rlhf_jax.training.algorithms import (
     natural_gradient,
     preference,
     reinforce,
+    selection,
     supervised,
 )
 from rlhf_jax.training.algorithms.row import Algorithm, Network
 
 __all__ = ["ALGORITHMS", "Algorithm", "Network"]
 
-ROOMS = (supervised, preference, actor_critic, natural_gradient, reinforce, groups)
+ROOMS = (supervised, preference, actor_critic, natural_gradient, reinforce, groups, selection)
 ALGORITHMS: dict[str, Algorithm] = {name: row for room in ROOMS for name, row in room.ROWS.items()}

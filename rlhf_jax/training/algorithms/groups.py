@@ -12,7 +12,7 @@ from rlhf_jax.losses.policy_gradient import policy_gradient_loss
 from rlhf_jax.training.algorithms.critic_free import finished, policy, policy_and_states, with_advantages
 from rlhf_jax.training.algorithms.row import Algorithm
 from rlhf_jax.training.algorithms.shared import (
-    OnlineSettings,
+    CompletionSettings,
     control_kl,
     ruled_scores,
     scored,
@@ -25,7 +25,7 @@ SEQUENCE_RATIOS = ("gspo", "luspo")  # whose gradient goes to every token of a c
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupSettings(OnlineSettings):
+class GroupSettings(CompletionSettings):
     """What DAPO (Yu et al. 2025, arXiv:2503.14476) adds to any row of groups."""
 
     # Completions without an end token are in no loss and in none of its counts; in baseline and deviation of their
@@ -34,15 +34,6 @@ class GroupSettings(OnlineSettings):
     # Rollouts of other prompts that a step may draw in the place of groups whose rewards, before KL, are all equal.
     # Groups that stay equal count as they do without refills.
     max_refills: int = 0
-
-    def check(self) -> str | None:
-        if self.charges_exact_kl:
-            # One advantage a completion has no place for each token's own share of it (shared._penalty).
-            return (
-                "kl_kind is 'exact', which needs an advantage for each token; expected k1, k2 or k3 (or, with grpo, "
-                "kl_coeff 0 and kl_loss_kind exact)."
-            )
-        return super().check()
 
 
 @dataclasses.dataclass(frozen=True)

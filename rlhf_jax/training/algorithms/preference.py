@@ -169,15 +169,20 @@ class SimPOSettings(ReferenceFreeSettings):
 
 def dpo_objective(settings, network, trained, frozen, controllers, batch, rng):
     logprobs, _, states = network.logprobs(frozen["base"], trained["policy"], batch)
-    policy, reference, mask = sequences(logprobs), sequences(_reference(network, frozen, batch)), _mask(batch)
+    collision = network.log_collision(frozen["base"], trained["policy"], states) if settings.wpo else None
+    return dpo_loss(settings, batch, logprobs, _reference(network, frozen, batch), collision)
+
+
+def dpo_loss(settings, batch, policy, reference, collision=None):
+    """(mean loss, (pairs, metrics)) from log-probabilities of all completions, [B, 2, R]. collision: WPO's, as they."""
+    policy, reference, mask = sequences(policy), sequences(reference), _mask(batch)
     numbers = (*settings.numbers(policy, mask), *settings.numbers(reference, mask))
     lengths = mask.sum(-1)
     smoothing = settings.label_smoothing if batch.soft_labels is None else 1.0 - batch.soft_labels
     losses, chosen, rejected = settings.loss(numbers, (lengths[::2], lengths[1::2]), smoothing)
     more = {"chosen_logprob": numbers[0], "rejected_logprob": numbers[1]}
-    if settings.wpo:
-        collision = sequences(network.log_collision(frozen["base"], trained["policy"], states))
-        sides = [x[i::2] for i in (0, 1) for x in (policy, collision, mask)]
+    if collision is not None:
+        sides = [x[i::2] for i in (0, 1) for x in (policy, sequences(collision), mask)]
         more["wpo_weight"] = wpo_weights(*sides)
         losses = losses * more["wpo_weight"]
     return over_pairs(batch, losses, chosen, rejected, more)

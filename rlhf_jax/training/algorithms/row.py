@@ -3,7 +3,10 @@
 import dataclasses
 from collections.abc import Callable
 
+import jax
+
 from rlhf_jax.losses.collision import fused_log_collision
+from rlhf_jax.losses.forward_kl import fused_forward_kl
 from rlhf_jax.losses.full_kl import fused_kl
 from rlhf_jax.losses.logprobs import fused_token_logprobs
 from rlhf_jax.models import roles
@@ -35,6 +38,11 @@ class Algorithm:
     control: Callable | None = None
     # as `objective`, on a batch of supervised examples; its gradient is added
     auxiliary_objective: Callable | None = None
+    # (settings, memory, batch with targets, rng) -> memory, the batch that is trained on; None: the batch as it is
+    select: Callable | None = None
+    # (settings, markers, prompt length, completion length) -> what select keeps from step to step, a pytree. A row with
+    # it samples given the last marker: the text of each reward quantile (training/markers.py)
+    memory: Callable | None = None
     trains: tuple[str, ...] = ("policy",)
     controllers: tuple[str, ...] = ()  # of its own beside those of every online row; they start at 0
     # (settings, AdamW) -> the optimizer in its place; None: AdamW
@@ -91,6 +99,17 @@ class Network:
             unembedding(role.params(base)),
             reference_states,
             unembedding(base),
+            chunk_size=self.vocab_chunk,
+            temperature=self.temperature,
+        )
+
+    def forward_kl(self, base: dict, reference: roles.Role, batch, policy: roles.Role, states):
+        """[B, G, R] nats, KL(reference || policy) over the vocabulary. states: the policy's, of `logprobs`."""
+        return fused_forward_kl(
+            jax.lax.stop_gradient(roles.predicting_states(self.model, base, reference, batch)),
+            unembedding(reference.params(base)),
+            states,
+            unembedding(policy.params(base)),
             chunk_size=self.vocab_chunk,
             temperature=self.temperature,
         )

@@ -66,7 +66,7 @@ class OnlineSettings(Settings):
         controlled = self.kl_control != "fixed"
         if controlled and not self.kl_target:
             return f"kl_target is 0, which kl_control {self.kl_control!r} cannot hold; expected nats a completion."
-        if controlled and not self.reads_reference:
+        if controlled and not any(self.kl_coefficients.values()):
             names = " and ".join(f"{name} is 0" for name in self.kl_coefficients)
             return f"{names}, so kl_control {self.kl_control!r} has no price to start from; expected above 0."
         if not controlled and self.kl_target:
@@ -75,6 +75,20 @@ class OnlineSettings(Settings):
                 "kl_control adaptive or budget."
             )
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionSettings(OnlineSettings):
+    """Of rows that judge a completion as a whole."""
+
+    def check(self) -> str | None:
+        if self.charges_exact_kl:
+            # One advantage a completion has no place for each token's own share of it; see _penalty.
+            return (
+                "kl_kind is 'exact', which needs an advantage for each token; expected k1, k2 or k3 (or, with grpo, "
+                "kl_coeff 0 and kl_loss_kind exact)."
+            )
+        return super().check()
 
 
 class Penalty(NamedTuple):
