@@ -1,0 +1,20 @@
+"""Published runs as configs.   python -m experiments.run --config=configs/recipes/tldr.py:llama2_7b --workdir=out
+
+What a paper says of its algorithm holds at every size; its data, lengths, batches, steps and rates hold at all but
+tiny, which keeps its own and runs in a minute. Sizes name models: a paper's own was often another one. Values marked
+"ours" the paper does not give. Data are files in the forms that README lists, or hub ids that have such fields."""
+
+
+def published(config, size: str, *stages: str, **data) -> bool:
+    """Whether `size` is a real one; then the config runs `stages` and the evaluation on `data` (keys of config.data)."""
+    if size == "tiny":
+        return False
+    config.stages = (*stages, "evaluation")
+    config.gold = ""
+    config.data.update(data)
+    return True
+
+
+def epochs(num_records: int, times: float, batch_size: int) -> dict:
+    """steps and batch_size of `times` passes over the records."""
+    return dict(steps=-(-int(num_records * times) // batch_size), batch_size=batch_size)
