@@ -6,7 +6,7 @@ tiny, which keeps its own and runs in a minute. Sizes name models: a paper's own
 
 
 def published(config, size: str, *stages: str, **data) -> bool:
-    """Whether `size` is a real one; then the config runs `stages` and the evaluation on `data` (keys of config.data)."""
+    """Whether `size` is a real one; then the config runs `stages` and the evaluation on `data`, keys of config.data."""
     if size == "tiny":
         return False
     config.stages = (*stages, "evaluation")

@@ -31,7 +31,9 @@ def get_config(size="tiny"):
         prompt_tokens=2048,
         completion_tokens=20480,
     ):
-        config.rewards.update(components=("math",), weights=(2.0,))  # the paper's 1 and -1, but for a constant
+        config.rewards.update(
+            components=("math",), weights=(2.0,)
+        )  # the paper's 1 and -1, but for a constant
         config.grpo.update(
             train="full",
             batch_size=512,

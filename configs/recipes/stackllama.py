@@ -34,7 +34,9 @@ def get_config(size="tiny"):
         completion_tokens=128,
     ):
         config.sft.update(steps=10_000, batch_size=32)
-        config.sft.optimizer.update(learning_rate=1e-5, schedule="cosine", warmup_steps=100, weight_decay=0.05)
+        config.sft.optimizer.update(
+            learning_rate=1e-5, schedule="cosine", warmup_steps=100, weight_decay=0.05
+        )
         config.reward_model.update(**epochs(100_000, 1, 32))
         config.reward_model.optimizer.update(learning_rate=2e-5, schedule="linear", warmup_steps=0)
         config.ppo.update(num_completions=1, batch_size=256, steps=1_000)  # steps: ours

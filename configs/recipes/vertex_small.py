@@ -16,7 +16,9 @@ def course_run(size, **parameters):
         config.ppo.kl_coeff = vertex.DEFAULTS["kl_coeff"]
         return config
     if size not in REFERENCES:
-        raise ValueError(f"the size is {size!r}; the course's models are {', '.join(REFERENCES)}, and tiny is ours")
+        raise ValueError(
+            f"the size is {size!r}; the course's models are {', '.join(REFERENCES)}, and tiny is ours"
+        )
     data = {f"{name}_dataset": f"data/reddit/{name}.jsonl" for name in ("preference", "prompt", "eval")}
     fixed = dict(
         large_model_reference=REFERENCES[size],

@@ -6,7 +6,7 @@ vocabulary and nothing of models or masks."""
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.losses.logprobs import _piece, _starts
+from rlhf_jax.losses.logprobs import piece_starts, vocabulary_piece
 
 
 def fused_log_collision(hidden, unembedding, *, chunk_size=8192, temperature=1.0):
@@ -24,7 +24,7 @@ def fused_log_collision(hidden, unembedding, *, chunk_size=8192, temperature=1.0
 
     def fold(carry, start):
         top, total, squares = carry
-        logits, _ = _piece(size, flat, unembedding, temperature, start)
+        logits, _ = vocabulary_piece(size, flat, unembedding, temperature, start)
         new_top = jnp.maximum(top, logits.max(-1))
         mass = jnp.exp(logits - new_top[:, None])  # 0 where an earlier piece had the column
         shrink = jnp.exp(top - new_top)
@@ -32,5 +32,5 @@ def fused_log_collision(hidden, unembedding, *, chunk_size=8192, temperature=1.0
 
     N = flat.shape[0]
     carry = (jnp.full(N, -jnp.inf), jnp.zeros(N), jnp.zeros(N))
-    (_, total, squares), _ = jax.lax.scan(fold, carry, jnp.array(_starts(size, V)))
+    (_, total, squares), _ = jax.lax.scan(fold, carry, jnp.array(piece_starts(size, V)))
     return (jnp.log(squares) - 2.0 * jnp.log(total)).reshape(hidden.shape[:-1])
