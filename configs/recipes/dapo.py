@@ -1,7 +1,8 @@
 """DAPO: Yu et al. 2025, "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv:2503.14476.
 
 Clip-higher, a mean over tokens, groups of equal rewards drawn again, a soft penalty in tokens for answers that run into
-the limit, and no KL. Data: questions with the field `answer` (prompts), public as BytedTsinghua-SIA/DAPO-Math-17k.
+the limit, and no KL. It needs a base whose context holds 22,529 tokens (--config.model.path).
+Data: questions with the field `answer` (prompts), public as BytedTsinghua-SIA/DAPO-Math-17k.
 Published: AIME 2024 50% with Qwen2.5-32B, half the steps of DeepSeek-R1-Zero's 47%."""
 
 from configs import grpo

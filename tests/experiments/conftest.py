@@ -1,0 +1,20 @@
+"""One finished run of the whole road, shared by the tests of a worker."""
+
+import pytest
+
+from tests.experiments.small_runs import Reads, run_small
+
+
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory):
+    """(workdir, what was read of its config)."""
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        reads = Reads(patch)
+        run_small(workdir)
+    return workdir, reads
+
+
+@pytest.fixture(scope="session")
+def finished(first_run):
+    return first_run[0]
