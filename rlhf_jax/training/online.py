@@ -65,21 +65,10 @@ def online(run: Run, name: str) -> None:
         ),
         donate_argnums=0,
     )
-    markers, memory, first_steps = None, None, 0
-    if algorithm.memory is not None:
-        room = run.model.config.max_position - sum(lengths) - 1
-        markers = Markers.of(run.tokenizer, section.reward_token, section.num_quantiles, room)
-        first_steps = section.reference_steps
-        memory = algorithm.memory(settings, markers.padded(run.tokenizer.pad_id), *lengths)
+    select, memory, markers = selection(run, section, algorithm, settings, lengths)
+    first_steps = section.reference_steps if markers else 0
     suffix = markers.best if markers else ()
     collect = Collector(run, section, algorithm, settings, network, rewards, reward, suffix)
-    select = None
-    if algorithm.select is not None:
-        select = jax.jit(
-            functools.partial(algorithm.select, settings),
-            donate_argnums=0,
-            out_shardings=(sharding.replicated(run.mesh), sharding.batch_sharding(run.mesh)),
-        )
 
     def step(state, position):
         chosen = data.batch(position)
@@ -170,6 +159,23 @@ def online(run: Run, name: str) -> None:
     if markers:
         meta |= {"prompt_suffix": markers.texts[-1], "prompt_suffix_ids": list(markers.best)}
     run.save_role(name, state.trained["policy"], meta)
+
+
+def selection(run: Run, section, algorithm, settings, lengths):
+    """(jitted select or None, first memory or None, markers of its quantiles or None) of a row that chooses."""
+    memory = markers = None
+    if algorithm.memory is not None:
+        room = run.model.config.max_position - sum(lengths) - 1
+        markers = Markers.of(run.tokenizer, section.reward_token, section.num_quantiles, room)
+        memory = algorithm.memory(settings, markers.padded(run.tokenizer.pad_id), *lengths)
+    if algorithm.select is None:
+        return None, memory, markers
+    select = jax.jit(
+        functools.partial(algorithm.select, settings),
+        donate_argnums=0,
+        out_shardings=(sharding.replicated(run.mesh), sharding.batch_sharding(run.mesh)),
+    )
+    return select, memory, markers
 
 
 def example_stream(run: Run, section, updates_a_step: int):
