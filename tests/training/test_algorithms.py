@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from rlhf_jax.losses import grpo, preference
-from rlhf_jax.losses.full_kl import fused_kl
 from rlhf_jax.models import heads, lora
 from rlhf_jax.models.roles import Role
 from rlhf_jax.sampling.generate import SamplingConfig
@@ -58,20 +57,6 @@ class Bigrams(Network):
 
     def unembedding(self, base, role):
         return role.params(base)["unembedding"]
-
-    def log_collision(self, base, role, states):
-        return jax.nn.logsumexp(2 * jax.nn.log_softmax(jax.lax.stop_gradient(states)), axis=-1)
-
-    def full_kl(self, base, role, states, reference_states):
-        heads = (x["table"][:WIDTH] for x in (role.params(base), base))
-        return fused_kl(states, next(heads), reference_states, next(heads), chunk_size=0)
-
-    def forward_kl(self, base, reference, batch, policy, states):
-        shape = batch.completion_ids.shape
-        last = jnp.broadcast_to(batch.prompt_ids[:, None, -1:], (*shape[:2], 1))
-        before = jnp.concatenate([last, batch.completion_ids[..., :-1]], axis=-1)
-        p0, p = (jax.nn.log_softmax(role.params(base)["table"][before]) for role in (reference, policy))
-        return (jnp.exp(p0) * (p0 - p)).sum(-1)
 
 
 def bigrams(seed):

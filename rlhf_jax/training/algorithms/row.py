@@ -89,16 +89,16 @@ class Network:
 
     def log_collision(self, base: dict, role: roles.Role, states):
         """log sum_v p(v)^2 of the distributions that `states` [B, G, R, D] predict: [B, G, R] nats, no gradient."""
-        head = unembedding(role.params(base))
+        head = self.unembedding(base, role)
         return fused_log_collision(states, head, chunk_size=self.vocab_chunk, temperature=self.temperature)
 
     def full_kl(self, base: dict, role: roles.Role, states, reference_states):
         """[B, G, R] nats: exact KL(role || reference) at each state [B, G, R, D]; gradient to the role alone."""
         return fused_kl(
             states,
-            unembedding(role.params(base)),
+            self.unembedding(base, role),
             reference_states,
-            unembedding(base),
+            self.unembedding(base, roles.Role()),
             chunk_size=self.vocab_chunk,
             temperature=self.temperature,
         )
@@ -106,10 +106,10 @@ class Network:
     def forward_kl(self, base: dict, reference: roles.Role, batch, policy: roles.Role, states):
         """[B, G, R] nats, KL(reference || policy) over the vocabulary. states: the policy's, of `logprobs`."""
         return fused_forward_kl(
-            jax.lax.stop_gradient(roles.predicting_states(self.model, base, reference, batch)),
-            unembedding(reference.params(base)),
+            jax.lax.stop_gradient(self.states(base, reference, batch)),
+            self.unembedding(base, reference),
             states,
-            unembedding(policy.params(base)),
+            self.unembedding(base, policy),
             chunk_size=self.vocab_chunk,
             temperature=self.temperature,
         )
