@@ -117,7 +117,7 @@ def test_a_run_with_a_memory_resumes_with_the_same_bits(finished, tmp_path, monk
     """Quark stopped after its first and second step ends as the unbroken run: the pool is part of the state. Its
     quantile's tokens are in role.json, read by evaluation and told by export."""
     workdirs = [tmp_path / name for name in ("whole", "broken")]
-    settings = ("quark.steps=3", "quark.batch_size=16", "quark.train='lora'", "logging.save_every_steps=1")
+    settings = ("quark.steps=3", "quark.batch_size=16", "quark.train=lora", "logging.save_every_steps=1")
     for workdir in workdirs:
         begun(finished, workdir)
     run_small(workdirs[0], *settings, config="quark")
