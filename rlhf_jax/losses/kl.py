@@ -8,8 +8,7 @@ import chex
 import jax.numpy as jnp
 
 KINDS = ("k1", "k2", "k3")
-BUDGET_ERROR = (-1.0, 2.0)  # log of KL over target beyond which a budget reacts no more strongly
-BUDGET_SMOOTHING = 0.5  # share of the past in the KL it looks at: one batch's estimate is off by a fifth
+BUDGET_ERROR = (-1.0, 2.0)  # of KL / target - 1, beyond which a budget reacts no more strongly
 
 
 def kl_estimate(logprobs, ref_logprobs, kind="k1"):
@@ -51,24 +50,23 @@ def adaptive_kl_update(kl_coeff, observed_kl, *, target, horizon, batch_size):
 def kl_budget_update(kl_coeff, observed_kl, *, target, rate, previous_kl, damping=5.0, bounds=(1e-6, 1e3)):
     """The next coefficient for a run that is to end at KL = target: the multiplier of that constraint, by dual ascent.
 
-    log kl_coeff rises by rate * (e + damping * (e - e_before)), where e = log(KL / target) of the smoothed KL. In the
-    log the coefficient stays positive, and since KL falls about as a power of its price, one rate serves every scale.
-    Dual ascent alone (damping 0) adds up an error that the policy answers late, and swings around the target; the
-    second term answers at once to a KL that moves (the PI Lagrangian of Stooke et al., in velocity form, which has no
-    sum that could wind up at the bounds).
+    log kl_coeff rises by rate * (e + damping * (e - e_before)), where e = KL / target - 1. In the log the coefficient
+    stays positive and one rate serves every scale; e itself is linear in KL, so that the noise of a batch's estimate
+    moves no mean. Dual ascent alone (damping 0) adds up an error that the policy answers late, and swings around the
+    target; the second term answers at once to a KL that moves (the PI Lagrangian of Stooke et al., in velocity form,
+    which has no sum that could wind up at the bounds).
 
     Args:
-      kl_coeff: above 0. observed_kl, target, previous_kl: in one unit; ours is nats a completion. previous_kl: the
-        smoothed KL before this one; 0 at the start of a run, where the policy is the reference.
+      kl_coeff: above 0. observed_kl, target, previous_kl: in one unit; ours is nats a completion. previous_kl: what was
+        observed before; 0 at the start of a run, where the policy is the reference.
       rate: of dual ascent, a step. damping: steps by which a trend is answered in advance; about as many as the policy
         takes to follow its price. bounds: of the coefficient.
-    Returns: (coefficient, smoothed KL: previous_kl of the next step). e is kept within BUDGET_ERROR, also for a KL
-      that is 0 or, being an estimate, below. An observation that is not finite changes neither.
+    Returns: (coefficient, previous_kl of the next step). e is kept within BUDGET_ERROR. An observation that is not
+      finite changes neither.
     """
-    lowest, highest = BUDGET_ERROR
-    error = lambda kl: jnp.clip(jnp.log(jnp.maximum(kl / target, jnp.exp(lowest))), lowest, highest)
-    smoothed = BUDGET_SMOOTHING * previous_kl + (1.0 - BUDGET_SMOOTHING) * observed_kl
-    now, before = error(smoothed), error(previous_kl)
-    new = jnp.clip(kl_coeff * jnp.exp(rate * (now + damping * (now - before))), *bounds)
+    error = lambda kl: jnp.clip(kl / target - 1.0, *BUDGET_ERROR)
     seen = jnp.isfinite(observed_kl)
-    return jnp.where(seen, new, kl_coeff), jnp.where(seen, smoothed, previous_kl)
+    kl = jnp.where(seen, observed_kl, previous_kl)
+    trend = error(kl) - error(previous_kl)
+    new = jnp.clip(kl_coeff * jnp.exp(rate * (error(kl) + damping * trend)), *bounds)
+    return jnp.where(seen, new, kl_coeff), kl

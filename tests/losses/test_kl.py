@@ -79,21 +79,21 @@ def test_controller_finds_the_coefficient_that_holds_the_target():
     "observed, before, expected",
     [
         (4.0, 4.0, 0.0),  # on target
-        (8.0, 4.0, np.log(1.5) * 6),  # smoothed to 6: the error, and five times what it grew by
+        (6.0, 4.0, 0.5 + 5 * 0.5),  # the error, and five times what it grew by
         (0.0, 0.0, -1.0),  # the first step: no trend
         (-3.0, 0.0, -1.0),  # an estimate may be negative
-        (4.0, 0.0, -np.log(2) + 5 * (1 - np.log(2))),  # half way, and coming fast
+        (2.0, 0.0, -0.5 + 5 * 0.5),  # half way, and coming fast
         (1e6, 4.0, 2.0 + 5 * 2.0),  # bounded
         (np.nan, 3.0, 0.0),
         (np.inf, 3.0, 0.0),
     ],
 )
 def test_budget(observed, before, expected):
-    new, smoothed = kl_budget_update(
+    new, kept = kl_budget_update(
         jnp.float32(0.1), jnp.float32(observed), target=4.0, rate=0.2, previous_kl=jnp.float32(before)
     )
     np.testing.assert_allclose(new, 0.1 * np.exp(0.2 * expected), rtol=1e-5)
-    assert float(smoothed) == (0.5 * (observed + before) if np.isfinite(observed) else before)
+    assert float(kept) == (observed if np.isfinite(observed) else before)
 
 
 def test_budget_keeps_its_bounds():
@@ -105,7 +105,7 @@ def test_budget_keeps_its_bounds():
 
 @pytest.mark.parametrize("start", [0.005, 0.05, 0.5])
 @pytest.mark.parametrize("target", [1.0, 6.0])
-@pytest.mark.parametrize("rate", [0.1, 0.3])
+@pytest.mark.parametrize("rate", [0.1, 0.2])
 def test_budget_ends_at_its_target_where_the_policy_answers_late(start, target, rate):
     """KL goes a fifth of the way to 0.4 / kl_coeff a step, and is observed with a deviation of 15 %."""
     rng = np.random.default_rng(0)

@@ -24,7 +24,7 @@ class OnlineSettings(Settings):
     kl_control: str = "fixed"  # adaptive (Ziegler et al.), or budget: dual ascent that ends at the target
     kl_target: float = 0.0  # nats a completion, of adaptive and budget
     kl_horizon: float = 10000.0  # completions, adaptive
-    kl_budget_rate: float = 0.3  # of dual ascent on the log of the coefficient, a step
+    kl_budget_rate: float = 0.1  # of dual ascent on the log of the coefficient, a step
     reward_clip: float = 0.0  # scores clipped to +-this, 0: none
     missing_eos_rule: str = "none"  # a completion without an end token: none, penalty (subtracted), replace
     missing_eos_value: float = 0.0
