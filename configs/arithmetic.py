@@ -1,7 +1,7 @@
 """GRPO on a task that can be checked: sums of two numbers below 50, two worked examples before each.
 
 python -m experiments.run --config=configs/arithmetic.py:smollm2 --workdir=runs/arithmetic
-Two rewards: the first line is the right number, and nothing follows it. No reward model, no preferences."""
+The reward is 1 where the first line is the right number, else 0: no reward model, no preferences."""
 
 from configs import grpo
 
@@ -10,13 +10,11 @@ def get_config(size="tiny"):
     config = grpo.get_config(size)
     config.stages = ("grpo", "evaluation")
     config.gold = ""  # the rewards are the truth
-    config.data.update(prompts="packaged:arithmetic", prompt_tokens=32, completion_tokens=8)
-    config.rewards.update(
-        components=("exact_match:first_line=true", r"regex:pattern=\s*\d+\s*,match=full"), weights=(1.0, 0.5)
-    )
+    config.data.update(prompts="packaged:arithmetic", prompt_tokens=32, completion_tokens=6)
+    config.rewards.components = ("exact_match:first_line=true",)
     config.grpo.update(num_completions=8, kl_loss_coeff=0.04)
     if size == "smollm2":
         config.grpo.update(batch_size=16, steps=30)
-        config.grpo.optimizer.update(learning_rate=5e-4, schedule="constant", warmup_steps=4)
+        config.grpo.optimizer.update(learning_rate=1e-3, warmup_steps=4)
         config.evaluation.batch_size = 48
     return config

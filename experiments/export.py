@@ -18,7 +18,7 @@ def command(argv):
     config = cli.load_saved(flags.workdir, overrides)
 
     from experiments import pipeline
-    from experiments.evaluate import tuned_stage
+    from experiments.judging import tuned_stage
     from rlhf_jax.checkpoints import huggingface, peft
     from rlhf_jax.errors import InputError
     from rlhf_jax.models import lora

@@ -2,7 +2,7 @@
 
 import os
 
-from experiments import evaluate
+from experiments import evaluate, judging
 from rlhf_jax.checkpoints.lock import WorkdirLock
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import scoring, stages
@@ -15,8 +15,8 @@ from rlhf_jax.training.run import Run, tell_cut
 from rlhf_jax.training.workdir import phase, settle_config, write_environment
 
 STAGES = stages.STAGES | {
-    "reward_model": lambda run: stages.reward_model(run, evaluator=evaluate.judge_reward_model),
-    "evaluation": evaluate.side_by_side_and_report,
+    "reward_model": lambda run: stages.reward_model(run, evaluator=judging.judge_reward_model),
+    "evaluation": judging.side_by_side_and_report,
 }
 
 

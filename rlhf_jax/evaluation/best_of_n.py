@@ -37,6 +37,22 @@ def best_of_n_curve(proxy, gold, ns) -> dict[str, np.ndarray]:
     return {"n": ns, "proxy": proxy @ weights, "gold": gold @ weights, "kl": kl_bound(ns)}
 
 
+def means_by_n(found: dict, n: int) -> dict:
+    """{"n", "reward", "kl" and, where there is one, "gold_reward"}: of the best of 1, 2, 4, ... n, each a list.
+
+    found: of side_by_side.completions_of with rounds=n; means over prompts, from all their samples.
+    """
+    proxy = np.asarray(found["reward"], np.float64)
+    proxy = np.where(np.isfinite(proxy), proxy, np.nanmin(proxy, where=np.isfinite(proxy), initial=np.inf))
+    gold = found.get("gold_reward", proxy)
+    ns = sorted({2**i for i in range(n.bit_length())} | {n})
+    made = best_of_n_curve(proxy, gold, ns)
+    curve = {"n": ns, "reward": made["proxy"].mean(0).tolist(), "kl": made["kl"].tolist()}
+    if "gold_reward" in found:
+        curve["gold_reward"] = made["gold"].mean(0).tolist()
+    return curve
+
+
 def choose(found: dict, n: int) -> dict:
     """Of side_by_side.completions_of with rounds=n, as [N][n G]: the best by "reward" of each G, as [N][G].
 

@@ -89,6 +89,12 @@ def check_config(config, known_stages) -> None:
             f"longest example: config.data.prompt_tokens {config.data.prompt_tokens} + completion_tokens "
             f"{config.data.completion_tokens} + 1, {longest} or more."
         )
+    section = config.evaluation
+    if section.best_of > 1 and (section.temperature == 0 or section.num_beams > 1):
+        raise InputError(
+            f"config.evaluation.best_of is {section.best_of}, which needs config.evaluation.temperature above 0 and "
+            "num_beams 1: it chooses among samples."
+        )
     if config.data.preferences and "preferences" in config.stages:
         raise InputError(
             "config.data.preferences is given and config.stages has 'preferences'; leave one of them out."

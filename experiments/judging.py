@@ -1,0 +1,131 @@
+"""What evaluation is handed: the stage `evaluation` of a run, and the judgement on its reward model."""
+
+import numpy as np
+
+from rlhf_jax.data.formats import readable
+from rlhf_jax.errors import InputError, NumericsError
+from rlhf_jax.evaluation import best_of_n, curves, report, reward_quality, side_by_side
+from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.rewards import rules
+from rlhf_jax.training import preferences
+from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training.scoring import Rewards
+from rlhf_jax.training.workdir import write_json
+
+
+def side_by_side_and_report(run) -> None:
+    """The stage `evaluation`: tuned and untuned on the held-out prompts, then report.html and summary.png."""
+    config, section = run.config, run.config.evaluation
+    name = judged_stage(run)
+    policy, _, meta = run.load_role(name) if name else (Role(), None, {})
+    base = run.raw_base if name == "sft" else run.base
+    rewards = Rewards(config.rewards, run.console.warn)
+    reward = None
+    if run.has_role("reward_model") and rewards.learned:
+        reward = (run.load_role("reward_model")[0], meta.get("reward_mean", 0.0), meta.get("reward_std", 1.0))
+    if section.best_of > 1 and rewards.learned and reward is None:
+        raise InputError(
+            f"config.evaluation.best_of is {section.best_of}, and there is no reward model to choose by: put "
+            "'reward_model' into config.stages, or name other rewards in config.rewards.components."
+        )
+    prompts = run.encoded_prompts["held_out"]
+    texts = [readable(prompt.text) for prompt, _ in prompts]
+    gold = rules.RULES[run.gold] if run.gold else None
+    found, best_of = {}, None
+    rewarded = section.best_of > 1 or ALGORITHMS[name].online
+    sampling = run.decoding()
+    said = config.sampling.to_dict() | {"temperature": section.temperature}
+    if section.num_beams > 1:
+        said = {
+            "num_beams": sampling.num_beams,
+            "length_penalty": sampling.length_penalty,
+            "min_new_tokens": sampling.min_new_tokens,
+        }
+    with rewards:
+        for side, role, against, n in (
+            ("untuned", Role(), None, 1),
+            ("tuned", policy, Role(), section.best_of),
+        ):
+            run.console.note(
+                f"evaluation: {side}, {len(texts)} prompts x {section.num_completions} completions"
+                + (f", the best of {section.num_beams} beams" if section.num_beams > 1 else "")
+                + (f", each the best of {n}" if n > 1 else "")
+            )
+            with meshes.activate(run.mesh):
+                sampled = side_by_side.completions_of(
+                    run.model,
+                    base,
+                    role,
+                    [ids for _, ids in prompts],
+                    prompt_length=run.prompt_length,
+                    batch_size=section.batch_size,
+                    sampling=sampling,
+                    tokenizer=run.tokenizer,
+                    put=run.put,
+                    rng=run.rng("evaluation"),
+                    reward=reward,
+                    against=against,
+                    vocab_chunk=config.model.vocab_chunk,
+                    check=lambda: run.stop.check("evaluation"),
+                    suffix=tuple(meta.get("prompt_suffix_ids", ())) if side == "tuned" else (),
+                    rounds=n,
+                )
+            if rewarded and not rewards.plain:
+                asked = [prompt for prompt, _ in prompts]
+                total, _ = rewards.total(sampled.get("reward"), asked, sampled["texts"], normalise=False)
+                sampled["reward"] = np.asarray(total)
+            found[side] = side_by_side.with_gold(sampled, texts, gold)
+            if n > 1:
+                best_of = {"n": n, "curve": best_of_n.means_by_n(found[side], n)}
+                found[side] = best_of_n.choose(found[side], n)
+    side_by_side.write(
+        run.workdir,
+        texts,
+        **found,
+        gold_name=rules.DESCRIPTIONS[run.gold] if run.gold else "",
+        sampling=said,
+        best_of=best_of,
+    )
+    report.write_report(run.workdir, kl_limit=section.max_kl)
+    curves.save_summary_png(run.workdir)
+
+
+def judge_reward_model(run, train_pairs, held_out, scores) -> None:
+    """reward_model.json from the scores of the held-out pairs, with their gold rewards where the data has them."""
+    if not np.isfinite(scores).all():
+        raise NumericsError(
+            f"the reward model gives {np.size(scores) - np.isfinite(scores).sum()} of {np.size(scores)} held-out "
+            "completions a score that is not finite. Lower config.reward_model.optimizer.learning_rate, or look at the "
+            "base model."
+        )
+    rows = [pair.row.fields for pair in held_out]
+    gold = ceiling = None
+    if all("gold_0" in row and "gold_1" in row for row in rows):
+        gold = [[row[f"gold_{row['choice']}"], row[f"gold_{1 - row['choice']}"]] for row in rows]
+        ceiling = preferences.ceiling(rows, run.config.preferences.coin_scale)
+    found = reward_quality.quality(scores, gold, ceiling, train_pairs=len(train_pairs))
+    write_json(run.path("reward_model.json"), found)
+    told = f"held-out accuracy {found['accuracy']:.3f} on {len(rows)} pairs"
+    if gold is not None:
+        told += f" (label noise allows {ceiling:.3f}); agrees with the gold reward on {found['gold_accuracy']:.3f}"
+    run.console.note(f"reward_model: {told}")
+
+
+def judged_stage(run) -> str | None:
+    """The last stage that tuned a policy; None where the best of n of the base itself is to be judged."""
+    own = ("sft", "preferences", "reward_model", "evaluation")
+    if run.config.evaluation.best_of > 1 and all(stage in own for stage in run.config.stages):
+        return None
+    return tuned_stage(run)
+
+
+def tuned_stage(run) -> str:
+    """The last stage of the config that trained a policy and is done."""
+    policies = [s for s in run.config.stages if s not in ("preferences", "reward_model", "evaluation")]
+    if not policies:
+        raise InputError(f"config.stages {tuple(run.config.stages)} has no stage that tunes a policy.")
+    done = [stage for stage in policies if run.has_role(stage)]
+    if not done:
+        raise InputError(f"{run.workdir} holds no tuned policy yet; run one of {', '.join(policies)} first.")
+    return done[-1]
