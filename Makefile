@@ -14,7 +14,7 @@ demo: $(READY) $(if $(filter smollm2,$(SIZE)),$(MODEL))
 
 test: $(READY)
 	@$(MAKE) -s $(MODEL) || echo "the tests of the embedded base model are skipped"
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 faults: $(READY)
 	$(BIN)/python -m pytest -q -m faults $(ARGS)

@@ -20,7 +20,6 @@ def get_config(size="tiny"):
     )
     config.online_dpo.update(
         kl_coeff=0.0,  # of the KL in the reward that ranks; beta has the like in the loss
-        rollout_epochs=1,
         num_minibatches=1,
     )
     common.in_groups(config, "online_dpo", 4)

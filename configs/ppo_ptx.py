@@ -13,7 +13,7 @@ def get_config(size="tiny"):
         "ppo",
         "ppo_ptx",
         tuple(config.ppo),
-        ptx_coeff=1.0,  # reward units a nat of the examples' cross-entropy a token; InstructGPT: 27.8
+        ptx_coeff=0.2,  # reward units a nat of the examples' cross-entropy a token; InstructGPT: 27.8
         ptx_batch_size=16,  # examples an update, fresh for each
     )
     config.data.ptx = ""  # empty: for tiny, what its base was taught

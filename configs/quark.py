@@ -20,6 +20,8 @@ def get_config(size="tiny"):
     config.quark.update(kl_coeff=0.0, rollout_epochs=2, num_minibatches=2)
     if size == "tiny":
         # All weights, as in the paper: with an adapter the tiny model learned little of what the quantiles mean.
-        config.quark.update(train="full", batch_size=64, num_completions=4, num_minibatches=4)
+        config.quark.update(
+            train="full", batch_size=64, num_completions=4, num_minibatches=4, rollout_epochs=4
+        )
         config.quark.optimizer.learning_rate = 2e-3
     return config

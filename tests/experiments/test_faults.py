@@ -88,10 +88,6 @@ def kill_and_resume(kills, unbroken, tmp_path, seed):
         assert_same(reference, workdir)
 
 
-def test_two_sigkills_change_no_bit(unbroken, tmp_path):
-    kill_and_resume(2, unbroken, tmp_path, seed=0)
-
-
 @pytest.mark.faults
 def test_ten_sigkills_change_no_bit(unbroken, tmp_path):
     kill_and_resume(10, unbroken, tmp_path, seed=1)

@@ -193,11 +193,14 @@ def test_a_signal_goes_to_the_command_that_runs(tmp_path, monkeypatch, which):
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    before = signal.getsignal(which)
-    with Processes() as processes:
-        assert processes.run([], str(tmp_path / "log"))[0] == 75
-        assert processes.stopped
-    assert signal.getsignal(which) is before
+    outer = signal.signal(which, signal.default_int_handler)  # tests started in the background ignore SIGINT
+    try:
+        with Processes() as processes:
+            assert processes.run([], str(tmp_path / "log"))[0] == 75
+            assert processes.stopped
+        assert signal.getsignal(which) is signal.default_int_handler
+    finally:
+        signal.signal(which, outer)
 
 
 @pytest.mark.slow

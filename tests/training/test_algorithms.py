@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.losses import grpo, preference
 from rlhf_jax.models import heads, lora
@@ -159,6 +160,14 @@ def test_microbatches_give_the_same_step(i):
     if VARIANTS[i][0] == "kto":
         pytest.skip("measures from the KL of the whole batch; a config that cuts it is refused")
     assert_same(gradient(*VARIANTS[i], make_batch(VARIANTS[i][0]), microbatches=2), whole(i))
+
+
+@pytest.mark.parametrize("i", [i for i in range(len(VARIANTS)) if not VARIANTS[i][1]], ids=lambda i: IDS[i])
+def test_devices_give_the_same_step(i):
+    """A prompt a device: every mean, deviation, sort and quantile is of the whole batch."""
+    by_prompt = NamedSharding(Mesh(np.array(jax.devices()[:B]), ("data",)), PartitionSpec("data"))
+    batch = jax.device_put(make_batch(VARIANTS[i][0]), by_prompt)
+    assert_same(gradient(*VARIANTS[i], batch), whole(i))
 
 
 @pytest.mark.parametrize("i", range(len(VARIANTS)), ids=IDS)
