@@ -41,6 +41,36 @@ class Pair:
 
 
 @dataclasses.dataclass(frozen=True)
+class Labelled:
+    """A completion that somebody accepted or did not."""
+
+    prompt: str | Messages
+    completion: str
+    accepted: bool
+    row: Row | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rated:
+    """A completion with human scores, higher is better. An aspect without a score is not in `ratings`."""
+
+    prompt: str | Messages
+    completion: str
+    ratings: dict[str, float]
+    row: Row | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Completions of a prompt, best first, and, where they are known, what each was given."""
+
+    prompt: str | Messages
+    completions: tuple[str, ...]
+    ratings: tuple[float, ...] | None = None
+    row: Row | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Example:
     """A prompt with the completion to imitate. An empty prompt: plain text, all of it to be learned."""
 

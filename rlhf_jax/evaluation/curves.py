@@ -204,12 +204,13 @@ def _summary_panels(run):
         def over_steps(axes, colours):
             for ax, name in zip(np.atleast_1d(axes), names, strict=True):
                 drawing.curve(ax, colours, *run.series(stage, name), CURVES[name][2])
-                short = {"reward": "learned\nreward", "gold_reward": "true\nreward", "kl": "KL\n(nats)"}[name]
+                short = "KL\n(nats)" if name == "kl" else _reward_label(run, stage, name).replace(" ", "\n")
                 ax.set_ylabel(short, color=colours[CURVES[name][2]], fontsize=8)
             np.atleast_1d(axes)[-1].set_xlabel(f"{drawing.plain(stage)} step")
 
         if names:
-            panels.append(("Training on the learned reward", len(names), over_steps))
+            title = f"Training on the {_reward_label(run, stage, 'reward')}"
+            panels.append((title, len(names), over_steps))
     gold_name = "gold_reward" if len(run.paired("gold_reward")[0]) > 1 else "reward"
     pair = run.paired(gold_name)
     if len(pair[0]) > 1 and len(pair[1]) > 1:
@@ -272,6 +273,13 @@ def _reference_lines(ax, colours, run, stage, name, values):
         ax.axhline(0, color=colours["muted"], linestyle=":", linewidth=1.0)
 
 
+def _reward_label(run, stage, name):
+    """Without a true reward beside it, the reward trained on is the only one, and may be a rule."""
+    if name == "gold_reward":
+        return "true reward"
+    return "learned reward" if len(run.series(stage, "gold_reward")[0]) else "reward"
+
+
 def _against_kl_rows(run, stage):
     return [name for name in ("reward", "gold_reward") if len(run.series(stage, name)[0]) > 3]
 
@@ -301,6 +309,6 @@ def _draw_against_kl(axes, colours, run, stage):
             ax.scatter(x_ends, y_ends, s=30, marker="D", edgecolors=colour, facecolors="none", clip_on=False)
             furthest = max(furthest, x_ends[1])
         furthest = max(furthest, x.max())
-        ax.set_ylabel("learned reward" if name == "reward" else "true reward", color=colour)
+        ax.set_ylabel(_reward_label(run, stage, name), color=colour)
     drawing.root_scale(axes, furthest)
     axes[-1].set_xlabel(drawing.KL_AXIS)
