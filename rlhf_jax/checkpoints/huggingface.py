@@ -83,10 +83,15 @@ def load_llama(
     """
     directory = resolve(path)
     config = LlamaConfig.from_huggingface(directory)
-    found = _tensors(directory)
+    found = {name: held for name, held in stored_tensors(directory).items() if not _IGNORED.search(name)}
     leaves = leaves_of(config)
     if config.tie_embeddings and _HEAD in found:
-        _check_tied(directory, found)
+        if not same_values(found[_HEAD], found.get(_EMBEDDING)):
+            raise InputError(
+                f"{directory}: config.json says tie_word_embeddings, but {_HEAD} {list(found[_HEAD].shape)} differs "
+                f"from {_EMBEDDING} {list(found[_EMBEDDING].shape)}. Set tie_word_embeddings to false if the head is "
+                "the model's own."
+            )
         del found[_HEAD]
     hint = f"Check that {os.path.join(directory, 'config.json')} belongs to these files."
     tensors.check(found, leaves, directory, hint)
@@ -107,6 +112,19 @@ def save_llama(
     """
     items = tensors.stored_arrays(leaves_of(config), params)
 
+    raw = config.to_huggingface()
+    generation = {"bos_token_id": raw["bos_token_id"], "eos_token_id": raw["eos_token_id"]}
+    if tokenizer is not None:
+        generation["pad_token_id"] = tokenizer.pad_token_id
+    install_model(path, items, raw, tokenizer, generation, shard_bytes)
+
+
+def install_model(
+    path: str, items: list, config: dict, tokenizer, generation: dict | None, shard_bytes: int
+) -> None:
+    """The files of a checkpoint: weights (`items`, as tensors.stored_arrays gives them), config.json, tokenizer and
+    generation_config.json where there are any."""
+
     def make(directory):
         shards = _shards(items, shard_bytes)
         for file, part in shards.items():
@@ -116,14 +134,12 @@ def save_llama(
             weight_map = {name: file for file, part in shards.items() for name, *_ in part}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             tensors.write_json(directory, INDEX, index)
-        raw = config.to_huggingface() | {"torch_dtype": items[0][2].name}
-        tensors.write_json(directory, "config.json", raw)
-        generation = {"bos_token_id": raw["bos_token_id"], "eos_token_id": raw["eos_token_id"]}
+        tensors.write_json(directory, "config.json", {"torch_dtype": items[0][2].name} | config)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-            generation["pad_token_id"] = tokenizer.pad_token_id
-        generation = {key: value for key, value in generation.items() if value is not None}
-        tensors.write_json(directory, "generation_config.json", generation)
+        if generation is not None:
+            present = {key: value for key, value in generation.items() if value is not None}
+            tensors.write_json(directory, "generation_config.json", present)
 
     tensors.install(path, make, stale=r"model.*\.safetensors(\.index\.json)?", last="config.json")
 
@@ -156,17 +172,18 @@ def leaves_of(config: LlamaConfig) -> list[Leaf]:
     return leaves
 
 
-def _tensors(directory):
-    """{name: where it is stored} from the single file or the index."""
+def stored_tensors(directory: str, auto_class: str = "AutoModelForCausalLM") -> dict[str, tensors.Stored]:
+    """{name: where it is stored} from the single file or the index.
+
+    Raises: InputError if there are none, or only pickles; then it says how to convert them with `auto_class`.
+    """
     single, index = os.path.join(directory, WEIGHTS), os.path.join(directory, INDEX)
     if os.path.lexists(single):
-        found = tensors.inspect(single)
-    elif os.path.lexists(index):
-        found = _sharded(directory, index)
-    else:
-        refuse_pickle(directory, WEIGHTS)
-        raise InputError(f"{directory} holds neither {WEIGHTS} nor {INDEX}: there are no weights to load.")
-    return {name: stored for name, stored in found.items() if not _IGNORED.search(name)}
+        return tensors.inspect(single)
+    if os.path.lexists(index):
+        return _sharded(directory, index)
+    refuse_pickle(directory, WEIGHTS, auto_class)
+    raise InputError(f"{directory} holds neither {WEIGHTS} nor {INDEX}: there are no weights to load.")
 
 
 def _sharded(directory, index):
@@ -200,30 +217,25 @@ def _sharded(directory, index):
     return {name: held[file][name] for name, file in weight_map.items()}
 
 
-def refuse_pickle(directory: str, wanted: str) -> None:
+def refuse_pickle(directory: str, wanted: str, auto_class: str = "AutoModelForCausalLM") -> None:
     """Raises: InputError if the only weights in `directory` are in a format that runs code when it is read."""
     pickles = sorted(name for name in os.listdir(directory) if name.endswith(tensors.PICKLES))
     if pickles:
         raise InputError(
             f"{directory} has no {wanted}, only {', '.join(pickles[:3])}: pickle files can run code when they are "
             "read and are refused. Convert them where you trust them, with torch and transformers: "
-            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), which writes safetensors."
+            f"{auto_class}.from_pretrained(DIR).save_pretrained(NEW_DIR), which writes safetensors."
         )
 
 
-def _check_tied(directory, found):
-    head, embedding = found[_HEAD], found.get(_EMBEDDING)
-    if embedding is None or head.shape != embedding.shape:
-        same = embedding is None  # then the missing embedding is what the list reports
-    else:
-        rows = head.shape[0]
-        blocks = [(slice(i, min(i + 4096, rows)),) for i in range(0, rows, 4096)]
-        same = all(np.array_equal(head.read(block), embedding.read(block)) for block in blocks)
-    if not same:
-        raise InputError(
-            f"{directory}: config.json says tie_word_embeddings, but {_HEAD} {list(head.shape)} differs from "
-            f"{_EMBEDDING} {list(embedding.shape)}. Set tie_word_embeddings to false if the head is the model's own."
-        )
+def same_values(one: tensors.Stored, other: tensors.Stored | None) -> bool:
+    """Whether two stored matrices are equal, read in blocks. True if `other` is missing: the check of names says so."""
+    if other is None:
+        return True
+    if one.shape != other.shape:
+        return False
+    blocks = [(slice(i, min(i + 4096, one.shape[0])),) for i in range(0, one.shape[0], 4096)]
+    return all(np.array_equal(one.read(block), other.read(block)) for block in blocks)
 
 
 def _shards(items, limit):

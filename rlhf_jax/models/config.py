@@ -68,7 +68,7 @@ class LlamaConfig:
         Reads the layout of the hub (`rope_theta`, `rope_scaling`) and that of transformers 5 (`rope_parameters`).
         Raises: InputError naming the file and the setting that is missing or not supported.
         """
-        source, raw = _read(path_or_dict)
+        source, raw = read_config(path_or_dict, "a Llama-family checkpoint")
         fields = _shape(raw, source) | {
             "rope_theta": _rope(raw, source)[0],
             "rope_scaling": _scaling(raw, source),
@@ -112,7 +112,11 @@ class LlamaConfig:
         }
 
 
-def _read(path_or_dict):
+def read_config(path_or_dict, what: str) -> tuple[str, dict]:
+    """(where it came from, for messages; its parsed content) of a checkpoint's directory, a config.json, or a dict.
+
+    Raises: InputError naming the file if there is no such JSON object; `what` says whose config is expected.
+    """
     if isinstance(path_or_dict, dict):
         return "config", path_or_dict
     path = os.fspath(path_or_dict)
@@ -121,9 +125,7 @@ def _read(path_or_dict):
         with open(path, encoding="utf-8") as file:
             raw = json.load(file)
     except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist; expected the config.json of a Llama-family checkpoint."
-        ) from None
+        raise InputError(f"{path} does not exist; expected the config.json of {what}.") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg}).") from None
     except UnicodeDecodeError as error:

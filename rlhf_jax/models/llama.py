@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return _last(scale, x) * wide.astype(x.dtype)
+        return over_last(scale, x) * wide.astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -42,10 +42,10 @@ class Projection(nn.Module):
         init = nn.with_logical_partitioning(
             nn.initializers.normal(self.config.initializer_range), names_in + names_out
         )
-        y = _contract(x, self.param("kernel", init, inputs + outputs), len(inputs))
+        y = contract(x, self.param("kernel", init, inputs + outputs), len(inputs))
         if self.bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, names_out)
-            y = y + _last(self.param("bias", init, outputs), y)
+            y = y + over_last(self.param("bias", init, outputs), y)
         if adapter is not None and self.target in adapter:
             a, b = adapter[self.target]["a"].astype(x.dtype), adapter[self.target]["b"].astype(x.dtype)
             lead = x.shape[: x.ndim - len(inputs)]
@@ -225,7 +225,7 @@ def _decode(q, k, v, cache, layer, context):
     return (keys, values), attention.decode_attention(q, *layer["prompt_cache"], *own, context)
 
 
-def _last(weights, x):
+def over_last(weights, x):
     """Weights of x's last axes, in x's dtype and with x's rank, so that they broadcast explicitly."""
     return weights.astype(x.dtype).reshape((1,) * (x.ndim - weights.ndim) + weights.shape)
 
@@ -243,7 +243,7 @@ def _restarting(segments):
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=segments.ndim - 1)
 
 
-def _contract(x, kernel, n):
+def contract(x, kernel, n):
     """The last n axes of x with the first n of the kernel, in x's dtype."""
     kernel = kernel.astype(x.dtype)
     return jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))

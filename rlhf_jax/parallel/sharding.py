@@ -66,8 +66,13 @@ def named(names_tree, shapes_tree, mesh: Mesh):
 
 def llama_abstract(config: LlamaConfig, dtype=jnp.float32):
     """(shapes, logical names) of the base's parameters, nothing allocated."""
+    return module_abstract(Llama(config), num_inputs=2, dtype=dtype)
+
+
+def module_abstract(module: nn.Module, num_inputs: int, dtype=jnp.float32):
+    """The same of any module whose first `num_inputs` arguments are ids and masks [B, T]."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    boxed = jax.eval_shape(Llama(config).init, jax.random.key(0), ids, ids)["params"]
+    boxed = jax.eval_shape(module.init, jax.random.key(0), *[ids] * num_inputs)["params"]
     # Not nn.meta.unbox: inside a mesh context it would put a sharding constraint on an array that is not there.
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.value.shape, dtype), boxed, is_leaf=_is_boxed)
     names = jax.tree.map(lambda x: tuple(nn.get_partition_spec(x)), boxed, is_leaf=_is_boxed)
@@ -77,6 +82,12 @@ def llama_abstract(config: LlamaConfig, dtype=jnp.float32):
 def llama_shardings(config: LlamaConfig, mesh: Mesh):
     """NamedShardings of the base's parameters."""
     shapes, names = llama_abstract(config)
+    return named(names, shapes, mesh)
+
+
+def module_shardings(module: nn.Module, mesh: Mesh, num_inputs: int = 2):
+    """NamedShardings of an encoder's parameters; T5 takes 3 inputs."""
+    shapes, names = module_abstract(module, num_inputs)
     return named(names, shapes, mesh)
 
 
