@@ -48,8 +48,8 @@ def load_encoder(
     Args:
       path: directory or hub id, as huggingface.resolve takes it.
       mesh: place the arrays on it by the rules of parallel/sharding.py.
-    Returns: `config.head` is the kind of the head (models/encoder_heads.py), None for a bare backbone; its pooler, which
-      pre-training used for another task, is then left out.
+    Returns: `config.head` is the kind of the head (models/encoder_heads.py), None for a bare backbone; its pooler,
+      which pre-training used for another task, is then left out.
     Raises: InputError naming the file; wrong tensors are listed all together.
     """
     directory = huggingface.resolve(path)
@@ -125,6 +125,12 @@ def load_t5(path: str, dtype=jnp.float32, mesh=None) -> tuple[T5Config, dict]:
     directory = huggingface.resolve(path)
     config = T5Config.from_huggingface(directory)
     found = huggingface.stored_tensors(directory, "AutoModelForSeq2SeqLM")
+    for name in (
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+    ):  # one matrix, saved once by any name
+        if name in found:
+            found.setdefault("shared.weight", found[name])
     found = {name: stored for name, stored in found.items() if not _T5_IGNORED.search(name)}
     own = found.get("lm_head.weight")
     if config.tie_embeddings and own is not None:

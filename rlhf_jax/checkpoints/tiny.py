@@ -14,13 +14,17 @@ from rlhf_jax.models.llama import Llama, LlamaConfig
 
 def train_tokenizer(corpus: list[str], vocab_size: int):
     """A byte-level BPE tokenizer: any text encodes, and decodes to itself."""
+    specials = ["<|pad|>", "<|bos|>", "<|eos|>"]
+    return wrap(byte_level(corpus, vocab_size, specials), pad=specials[0], bos=specials[1], eos=specials[2])
+
+
+def byte_level(corpus: list[str], vocab_size: int, specials: list[str]):
+    """A tokenizer of the tokenizers library whose first ids are those of `specials`, in order."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|pad|>", "<|bos|>", "<|eos|>"]
     alphabet = sorted(
         pre_tokenizers.ByteLevel.alphabet()
     )  # sorted: the trainer numbers them in the order given
@@ -28,13 +32,15 @@ def train_tokenizer(corpus: list[str], vocab_size: int):
         vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=specials[0],
-        bos_token=specials[1],
-        eos_token=specials[2],
-        clean_up_tokenization_spaces=False,
-    )
+    return tokenizer
+
+
+def wrap(tokenizer, **named: str):
+    """The same for transformers; named: the token of each role (pad, eos, cls, ...)."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = {f"{role}_token": token for role, token in named.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **tokens)
 
 
 def make(directory: str, corpus: list[str], *, seed: int = 0, vocab_size: int = 1024, width: int = 64) -> str:

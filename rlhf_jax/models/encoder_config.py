@@ -172,8 +172,9 @@ class DebertaConfig:
         }
         reach = read.integer("max_relative_positions", -1, at_least=-1)
         fields["max_relative_positions"] = reach if reach > 0 else longest
-        if head == "pairrm":
+        if head == "pairrm" or any(key in read.raw for key in MARKERS):
             fields["marker_ids"] = tuple(read.integer(key, at_least=0) for key in MARKERS)
+        if head == "pairrm":
             fields["num_labels"] = read.integer("n_tasks", 1)
         return cls(**(shape | fields | overrides))
 
@@ -198,8 +199,9 @@ class DebertaConfig:
         }
         if self.conv_kernel_size:
             raw |= {"conv_kernel_size": self.conv_kernel_size, "conv_act": self.conv_activation}
-        if self.head == "pairrm":
+        if self.marker_ids is not None:
             raw |= dict(zip(MARKERS, self.marker_ids, strict=True))
+        if self.head == "pairrm":
             raw |= {"n_tasks": self.num_labels, "drop_out": 0.05, "architectures": ["DebertaV2PairRM"]}
         return raw
 

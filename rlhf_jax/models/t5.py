@@ -111,9 +111,8 @@ class T5(nn.Module):
         self.encoder = Stack(c, False, c.num_layers)
         self.decoder = Stack(c, True, c.num_decoder_layers)
         if not c.tie_embeddings:
-            init = nn.with_logical_partitioning(
-                nn.initializers.normal(c.initializer_factor), ("embed", "vocab")
-            )
+            std = c.initializer_factor * c.hidden_size**-0.5
+            init = nn.with_logical_partitioning(nn.initializers.normal(std), ("embed", "vocab"))
             self.lm_head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=init, dtype=c.dtype)
 
     def __call__(self, ids, mask, decoder_ids, decoder_mask=None):
