@@ -32,7 +32,9 @@ _FETCHED = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "*.model",  # sentencepiece: spm.model, spiece.model
     "chat_template.jinja",
 )
 _IGNORED = re.compile(

@@ -68,7 +68,12 @@ class BertConfig:
         Raises: InputError naming the file and the setting that is missing or not supported.
         """
         read = _Reader(*read_config(path_or_dict, "a BERT or RoBERTa checkpoint"))
-        read.fixed(position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+        read.fixed(
+            position_embedding_type="absolute",
+            is_decoder=False,
+            add_cross_attention=False,
+            quantization_config=None,
+        )
         kind = read.choice("model_type", tuple(BERT_KINDS))
         fields = {
             "kind": kind,
@@ -142,7 +147,7 @@ class DebertaConfig:
         Raises: InputError naming the file and the setting that is missing or not supported.
         """
         read = _Reader(*read_config(path_or_dict, "a DeBERTa-v2 or v3 checkpoint"))
-        read.fixed(model_type="deberta-v2", conv_groups=1)
+        read.fixed(model_type="deberta-v2", conv_groups=1, quantization_config=None)
         shape = read.encoder_shape()
         kinds = read.options("pos_att_type", (), ("c2p", "p2c"))
         norms = read.options("norm_rel_ebd", ("none",), ("none", "layer_norm"))
@@ -248,7 +253,7 @@ class T5Config:
         Raises: InputError naming the file and the setting that is missing or not supported.
         """
         read = _Reader(*read_config(path_or_dict, "a T5 checkpoint"))
-        read.fixed(model_type="t5", is_encoder_decoder=True)
+        read.fixed(model_type="t5", is_encoder_decoder=True, quantization_config=None)
         gated, _, activation = read.raw.get("feed_forward_proj", "relu").rpartition("-")
         activation = "gelu_new" if (gated, activation) == ("gated", "gelu") else activation
         if gated not in ("", "gated") or activation not in ACTIVATIONS:

@@ -5,6 +5,7 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -99,6 +100,15 @@ def test_rows_of_the_position_tables_at_every_distance():
     for causal, name in ((False, "t5_buckets"), (True, "t5_causal_buckets")):
         rows = t5.relative_buckets(away, 32, 128, both_sides=not causal)
         np.testing.assert_array_equal(rows, golden()[name])
+
+
+def test_bfloat16_computes_the_same_to_its_precision():
+    config, params, _ = checkpoint("deberta_v2")
+    half = _encode(dataclasses.replace(config, dtype=jnp.bfloat16), params, "deberta_v2", "right")
+    assert half.dtype == jnp.bfloat16
+    mask, expected = golden()["deberta_v2_right_mask"][..., None], golden()["deberta_v2_right_hidden"]
+    difference = np.abs(half.astype(np.float32) * mask - expected)
+    assert difference.mean() < 0.02 and difference.max() < 0.2
 
 
 @functools.cache

@@ -41,7 +41,7 @@ def forward(name, mesh=None):
     return run(params, head, ids, mask), (params, head)
 
 
-@pytest.mark.parametrize("name", ["bert", "deberta_v2", "deberta_v3", "flan"])
+@pytest.mark.parametrize("name", ["deberta_v2", "flan"])
 def test_a_sharded_forward_is_that_of_one_device(name):
     expected, _ = forward(name)
     mesh = meshes.make_mesh(2, 2, 2)
