@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
-from rlhf_jax.checkpoints import encoders, tiny_encoder
+from rlhf_jax.checkpoints import encoders, pairrm, tiny_encoder
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import encoder_heads
 from rlhf_jax.models.encoder_config import DebertaConfig
@@ -149,8 +149,6 @@ def test_a_head_of_our_own(tmp_path):
 
 @pytest.fixture
 def ranker(tmp_path):
-    from rlhf_jax.checkpoints import pairrm
-
     shape = dict(
         zip(("num_layers", "num_heads", "hidden_size", "intermediate_size"), (1, 2, 8, 12), strict=True)
     )
@@ -179,9 +177,7 @@ def ranker(tmp_path):
 
 def test_pairrm_with_the_settings_of_its_ranker(ranker, monkeypatch):
     directory, config, params, head = ranker
-    monkeypatch.setitem(
-        encoders.ranker_config.__globals__["_SHAPES"], "microsoft/deberta-v3-large", (1, 2, 8, 12)
-    )
+    monkeypatch.setitem(pairrm._SHAPES, "microsoft/deberta-v3-large", (1, 2, 8, 12))
     loaded_config, loaded, loaded_head = encoders.load_encoder(str(directory))
     assert loaded_config == config
     equal((loaded, loaded_head), (params, head))
