@@ -26,7 +26,7 @@ def messages(row: Row, field: str) -> Messages:
     return _messages(row.fields[field], field, row)
 
 
-def _messages(found, field: str, row: Row) -> Messages:
+def _messages(found, field: str, row: Row, whole: bool = True) -> Messages:
     if not isinstance(found, list):
         raise FieldError(field, f"is {shown(found)}; expected a list of messages")
     if not found:
@@ -43,7 +43,7 @@ def _messages(found, field: str, row: Row) -> Messages:
         if not isinstance(message[what], str) or not message[what].strip():
             raise FieldError(field, wrong + f"text as {what!r}")
         made.append({"role": roles[message[who]], "content": message[what]})
-    if system is not None and row.fields.get(system) not in (None, ""):
+    if whole and system is not None and row.fields.get(system) not in (None, ""):
         made.insert(0, {"role": "system", "content": text(row, system)})
     return made
 
@@ -65,7 +65,7 @@ def reply(row: Row, field: str) -> Messages:
         value = [value]
     if not isinstance(value, list):
         return [{"role": "assistant", "content": text(row, field)}]
-    return _messages(value, field, row)
+    return _messages(value, field, row, whole=len(value) > 1)
 
 
 def completion(row: Row, field: str) -> str:

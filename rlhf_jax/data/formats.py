@@ -96,18 +96,14 @@ JUDGED_FORMATS = (
     Format("ranked completions", ("prompt", "completions"), judged.ranked, Ranking),
 )  # fmt: skip
 EXAMPLE_FORMATS = (
-    Format(
-        "Vertex examples", ("input_text", "output_text"), asked.example("input_text", "output_text"), Example
-    ),
+    Format("Vertex examples", ("input_text", "output_text"), asked.example("input_text", "output_text"), Example),
     Format("completions", ("prompt", "completion"), asked.example("prompt", "completion"), Example),
     Format("texts", ("text",), asked.plain_text, Example),
     Format("Alpaca", ("instruction", "output"), asked.alpaca, Example),
     Format("conversations", ("messages",), asked.conversation_example("messages"), Example),
-    Format(
-        "ShareGPT conversations", ("conversations",), asked.conversation_example("conversations"), Example
-    ),
+    Format("ShareGPT conversations", ("conversations",), asked.conversation_example("conversations"), Example),
     Format("questions and answers", ("question", "answer"), asked.solved_question, Example),
-)
+)  # fmt: skip
 
 
 def prompts(rows: Sequence[Row], *, instruction: str = "", max_bad_records: float = 0.0) -> list[Prompt]:

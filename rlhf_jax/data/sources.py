@@ -19,7 +19,9 @@ from rlhf_jax.errors import InputError
 HERE = os.path.dirname(os.path.abspath(__file__))
 PACKAGED = {name: os.path.join(HERE, f"{name}.jsonl") for name in ("openings", "arithmetic")}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
-HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
+HUB_NAME = re.compile(
+    r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?(#(?P<split>[\w.\[\]:%+-]+))?"
+)
 MAX_CSV_VALUE = 2**24  # characters; the module's own limit, 131072, is less than a long document
 SHOWN = 10  # bad records that a message spells out
 
@@ -109,7 +111,8 @@ def openings() -> list[Row]:
 
 def _records(spec: str, split: str) -> Iterator[Row | BadRecord]:
     if spec.startswith("tfds:"):
-        yield from _tfds(spec, split)
+        name, _, own = spec.removeprefix("tfds:").partition("#")
+        yield from _tfds(spec, name, own or split)
     elif spec.startswith("packaged:"):
         name = spec.removeprefix("packaged:")
         if name not in PACKAGED:
@@ -118,7 +121,7 @@ def _records(spec: str, split: str) -> Iterator[Row | BadRecord]:
             )
         yield from _file(PACKAGED[name])
     elif (hub := HUB_NAME.fullmatch(spec)) and not spec.endswith(SUFFIXES) and not os.path.exists(spec):
-        yield from _hub(spec, hub["path"], hub["config"], split)
+        yield from _hub(spec, hub["path"], hub["config"], hub["split"] or split)
     else:
         for path in _paths(spec):
             yield from _file(path)
@@ -313,10 +316,9 @@ def _hub(spec: str, path: str, config: str | None, split: str) -> Iterator[Row |
         yield _decoded(spec, number + 1, data[number])
 
 
-def _tfds(spec: str, split: str) -> Iterator[Row | BadRecord]:
+def _tfds(spec: str, name: str, split: str) -> Iterator[Row | BadRecord]:
     import tensorflow_datasets as tfds
 
-    name = spec.removeprefix("tfds:")
     try:
         if os.path.isdir(os.path.expanduser(name)):
             builder = tfds.builder_from_directory(os.path.expanduser(name))

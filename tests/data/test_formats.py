@@ -3,21 +3,11 @@
 import pytest
 
 from rlhf_jax.data import formats
-from rlhf_jax.data.sources import Row
 from rlhf_jax.errors import InputError
+from tests.data.made_rows import refused, rows
 
 VERTEX = {"input_text": "Say hi", "candidate_0": "zero", "candidate_1": "one", "choice": 0}
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
-
-
-def rows(*fields, source="p.jsonl"):
-    return [Row(source, line, one) for line, one in enumerate(fields, 1)]
-
-
-def refused(function, *fields):
-    with pytest.raises(InputError) as error:
-        function(rows(*fields))
-    return str(error.value)
 
 
 def test_vertex_choice_is_the_index_of_the_better():
@@ -147,3 +137,40 @@ def test_instruction_as_in_vertex_prompts():
 def test_a_message_shows_no_control_characters():
     message = refused(formats.pairs, {**VERTEX, "choice": "\x1b[2J\u202e"})
     assert "\x1b" not in message and "\u202e" not in message
+
+
+def test_the_format_with_the_most_fields_counts():
+    """A label beside prompt and completion is read: what was not accepted is nothing to imitate."""
+    good = {"prompt": "a", "completion": "b"}
+    labels = rows({**good, "label": False}, {**good, "completion": "c", "label": True})
+    assert [one.completion for one in formats.examples(labels)] == ["c"]
+    assert [one.completion for one in formats.examples(rows(good))] == ["b"]
+    chosen = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert [one.completion for one in formats.examples(rows(chosen))] == ["b"]
+    assert [one.text for one in formats.prompts(rows(chosen, chosen))] == ["a", "a"]
+
+
+def test_a_format_that_hardly_fits_is_not_guessed():
+    message = refused(formats.pairs, {"question": "a", "answer": "b"})
+    assert "expected one of: input_text, candidate_0" in message and "question, answers" in message
+    assert "'label' is missing; a line of labelled completions holds" in refused(
+        formats.pairs, {"prompt": "a", "completion": "b"}
+    )
+
+
+def test_the_log_names_format_and_derivation(caplog):
+    with caplog.at_level("INFO"):
+        formats.labelled(rows(VERTEX, VERTEX))
+    assert (
+        "p.jsonl: 2 rows of Vertex preferences (input_text, candidate_0, candidate_1, choice)" in caplog.text
+    )
+    assert "2 pair records, 4 records derived from them" in caplog.text
+
+
+def test_source_of_a_record():
+    plain = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    one, other, third = formats.pairs(
+        rows(plain, {**plain, "source": "evol"}, {**plain, "dataset": "web", "source": 3})
+    )
+    assert [formats.source_of(pair) for pair in (one, other, third)] == ["p.jsonl", "evol", "web"]
+    assert formats.source_of(formats.Pair("a", "b", "c")) == ""

@@ -282,3 +282,24 @@ def test_packaged_files_are_read_by_name_and_their_sums_are_right():
     assert len({row.fields["prompt"] for row in rows}) == len(rows) == 1000
     with pytest.raises(InputError, match="packaged:sums.*openings, arithmetic"):
         sources.read_rows("packaged:sums")
+
+
+def test_split_in_the_name_of_a_hub_data_set(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(path, config, split):
+        asked.append((path, config, split))
+        return [{"prompt": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for spec in ("org/prefs", "org/prefs:main", "org/prefs#test", "org/prefs:main#train[:10%]"):
+        (row,) = sources.read_rows(spec)
+        assert (row.source, row.line) == (spec, 1)
+    assert asked == [
+        ("org/prefs", None, "train"),
+        ("org/prefs", "main", "train"),
+        ("org/prefs", None, "test"),
+        ("org/prefs", "main", "train[:10%]"),
+    ]
