@@ -76,8 +76,11 @@ def read_data(run: Run, todo: list[str]) -> None:
     for stage, key in (("sft", "sft"), ("ppo_ptx", "ptx")):
         if stage in todo:
             examples(run, key)
-    if data.preferences and {"reward_model", *preference.ROWS} & set(todo):
-        stages.preference_pairs(run)
+    if data.preferences:
+        if "reward_model" in todo:
+            stages.preference_pairs(run)
+        for stage in set(preference.ROWS) & set(todo):
+            stages.judgements(run, stage)
     online = online_stages(todo)
     if online or {"preferences", "evaluation"} & set(todo):
         _ = run.prompt_sets, run.encoded_prompts  # kept by the run; files first, then the tokenizer

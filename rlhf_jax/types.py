@@ -31,7 +31,9 @@ class GroupedBatch:
     segments: jax.Array | None = None
     # The greedy completion of each prompt, scored, G = 1: ReMax's baseline.
     greedy: "GroupedBatch | None" = None
-    soft_labels: jax.Array | None = None  # [B] float32, probability that completion 0 of a pair is the better
+    soft_labels: jax.Array | None = (
+        None  # [B] float32, probability that completion 0 of a pair is the better, or that a single one is accepted
+    )
     ref_prompt_mask: jax.Array | None = None  # [B, P] int32: what of a prompt the reference reads; None: all
 
 

@@ -30,8 +30,8 @@ from rlhf_jax.data.sources import BadRecord, Row, check_bad_records
 from rlhf_jax.errors import InputError
 
 __all__ = ["INSTRUCTION_SEPARATOR", "Example", "FieldError", "Format", "Labelled", "Messages", "Pair", "Prompt",
-           "Ranking", "Rated", "examples", "instructed", "labelled", "pairs", "prompts", "rankings", "rated",
-           "readable", "recognise", "source_of"]  # fmt: skip
+           "Ranking", "Rated", "examples", "instructed", "labelled", "pairs", "pairs_or_labelled", "prompts",
+           "rankings", "rated", "readable", "recognise", "source_of"]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +144,15 @@ def labelled(rows: Sequence[Row], *, instruction: str = "", max_bad_records: flo
     """Completions accepted or not: given as such, or the two sides of pairs. See `_read` for the arguments."""
     derived = {Labelled: None, Pair: conversions.labelled_of_pairs}
     return _read(rows, JUDGED_FORMATS, derived, instruction, max_bad_records)
+
+
+def pairs_or_labelled(rows: Sequence[Row], **options) -> list[Pair] | list[Labelled]:
+    """Labelled completions where a source has labels, else pairs. options: what both readers take."""
+    by_source = collections.defaultdict(list)
+    for row in rows:
+        by_source[row.source].append(row)
+    kinds = {recognise(of_source, JUDGED_FORMATS).record for of_source in by_source.values()}
+    return (labelled if Labelled in kinds else pairs)(rows, **options)
 
 
 def rated(rows: Sequence[Row], *, instruction: str = "", max_bad_records: float = 0.0) -> list[Rated]:

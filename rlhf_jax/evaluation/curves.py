@@ -24,7 +24,7 @@ CURVES = {
            "Grows, then should level off; above about 10 nats a completion text usually suffers."),
     "entropy": ("Entropy", "nats a token", "other",
                 "How much choice the policy keeps. Falls slowly; a plunge towards 0 means set phrases."),
-    "accuracy": ("Pairs ranked right", "share of pairs", "reward",
+    "accuracy": ("Judgements agreed with", "share of pairs, or of labels", "reward",
                  "Should rise from a coin's 0.5 to the ceiling that noisy labels set. Above it, noise is "
                  "memorised."),
     "margin": ("Margin", "reward units", "reward",

@@ -47,24 +47,37 @@ def reward_model(run: Run, evaluator: Callable | None = None) -> None:
         evaluator(run, train, test, scores)
 
 
-def preference_pairs(run: Run):
-    """(training pairs, held-out pairs) of the config's data, or of the stage `preferences`."""
+def preference_pairs(run: Run, form=formats.pairs):
+    """(training pairs, held-out pairs) of the config's data, or of the stage `preferences`. form: what reads them;
+    the held-out ones are of the kind of the others."""
     data = run.config.data
     if not data.preferences:
         files = {name: run.path(file) for name, file in preferences.FILES.items()}
         # Already with the instruction in front: these prompts were sampled from.
         read = lambda file: formats.pairs(sources.read_rows(file)) if os.path.getsize(file) else []
         return tuple(read(files[name]) for name in ("train", "held_out"))
-    pairs = run.records(data.preferences, formats.pairs)
+    pairs = run.records(data.preferences, form)
     if data.eval_preferences:
-        return pairs, run.records(data.eval_preferences, formats.pairs)
+        form = formats.labelled if isinstance(pairs[0], formats.Labelled) else formats.pairs
+        return pairs, run.records(data.eval_preferences, form)
     cut = len(pairs) - held_out(len(pairs), data.held_out_pairs)
     return pairs[:cut], pairs[cut:]
 
 
+def judgements(run: Run, name: str):
+    """(training records, held-out ones) of a policy from preferences: pairs, or labelled completions where the data
+    have labels and the algorithm reads them."""
+    reads_labels = ALGORITHMS[name].settings.reads_labels
+    return preference_pairs(run, formats.pairs_or_labelled if reads_labels else formats.pairs)
+
+
 def on_preferences(run: Run, name: str) -> None:
     """The policy from preferences alone (DPO and relatives)."""
-    sets, smoothing = preference_pairs(run), None
+    sets, smoothing = judgements(run, name), None
+    if any(isinstance(one, formats.Labelled) for one in sets[0][:1]):
+        tell_imbalance(run, name, sets[0])
+        group = lambda one: (one.prompt, (one.completion,), one.row, float(one.accepted))
+        return tune(run, name, [[group(one) for one in part] for part in sets])
     if any(pair.soft_label is not None for pairs in sets for pair in pairs):
         settings = settings_of(name, run.config[name])
         if settings.reads_soft_labels:
@@ -78,9 +91,31 @@ def on_preferences(run: Run, name: str) -> None:
             return whole
         return (*whole, 1.0 - smoothing if pair.soft_label is None else pair.soft_label)
 
-    train, test = (encode_groups(run, [group(pair) for pair in pairs]) for pairs in sets)
+    return tune(run, name, [[group(pair) for pair in pairs] for pairs in sets])
+
+
+def tune(run: Run, name: str, sets) -> None:
+    """sets: training groups and held-out ones, for encode_groups."""
+    train, test = (encode_groups(run, groups) for groups in sets)
     trained = {"policy": run.new_role(run.rng(name), run.config[name].train, run.base)}
     offline(run, name, train, test, trained, {"base": run.base})
+
+
+def tell_imbalance(run: Run, name: str, records) -> None:
+    """What KTO's paper says of its weights: accepted ones should weigh 1 to 4/3 times as much as all others (4.2)."""
+    section, accepted = run.config[name], sum(one.accepted for one in records)
+    others = len(records) - accepted
+    run.console.note(f"{name}: {accepted} completions accepted, {others} not")
+    if not accepted or not others:
+        run.console.warn(f"{name}: all labels are the same; the policy is only pushed in one direction")
+        return
+    ratio = section.desirable_weight * accepted / max(section.undesirable_weight * others, 1e-9)
+    if not 1 <= ratio <= 4 / 3:
+        low = section.undesirable_weight * others / accepted
+        run.console.warn(
+            f"{name}: the accepted completions weigh {ratio:.2f} times as much as the others; expected 1 to 1.33: "
+            f"config.{name}.desirable_weight between {low:.2f} and {low * 4 / 3:.2f}, now {section.desirable_weight:g}"
+        )
 
 
 STAGES = {"sft": sft, "preferences": preferences.make, "reward_model": reward_model}

@@ -174,3 +174,11 @@ def test_source_of_a_record():
     )
     assert [formats.source_of(pair) for pair in (one, other, third)] == ["p.jsonl", "evol", "web"]
     assert formats.source_of(formats.Pair("a", "b", "c")) == ""
+
+
+def test_labels_are_kept_where_they_are_wanted():
+    labels = rows({"prompt": "a", "completion": "b", "label": True})
+    assert formats.pairs_or_labelled(labels) == formats.labelled(labels)
+    assert formats.pairs_or_labelled(rows(VERTEX)) == formats.pairs(rows(VERTEX))
+    mixed = formats.pairs_or_labelled(rows(VERTEX, source="q.jsonl") + labels, instruction="Go.")
+    assert [one.accepted for one in mixed] == [True, False, True] and mixed[0].prompt.startswith("Go.")

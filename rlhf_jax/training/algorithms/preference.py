@@ -1,7 +1,8 @@
 """Rows that tune a policy on pairs themselves: the DPO family, KTO, and the reference-free ones.
 
-Completion 0 of each group was chosen, 1 rejected. The reference is the base without an adapter, what is known of it
-from before the training (batch.ref_logprobs), or the role frozen["reference"]; see training/reference.py."""
+Completion 0 of each group was chosen, 1 rejected; KTO takes groups of one too, whose label says which it was. The
+reference is the base without an adapter, what is known of it from before the training (batch.ref_logprobs), or the
+role frozen["reference"]; see training/reference.py."""
 
 import dataclasses
 
@@ -113,7 +114,9 @@ class DPOSettings(ReferenceSettings):
 
 @dataclasses.dataclass(frozen=True)
 class KTOSettings(ReferenceSettings):
-    """Ethayarajh et al. 2024, arXiv:2402.01306: every chosen completion is desirable, every rejected one is not."""
+    """Ethayarajh et al. 2024, arXiv:2402.01306: what was chosen or accepted is desirable, all else is not."""
+
+    reads_labels = True
 
     loss_type: str = "kto"  # or apo_zero_unpaired
     beta: float = 0.1  # reward units a nat
@@ -196,11 +199,27 @@ def kto_objective(settings, network, trained, frozen, controllers, batch, rng):
         kl, reference = _mismatched_kl(network, trained, frozen, batch)
     reference = _reference(network, frozen, batch) if reference is None else reference
     policy, reference = (sequence_sum(sequences(x), mask) for x in (logprobs, reference))
-    desirable = jnp.arange(policy.shape[0]) % 2 == 0
+    paired = batch.completion_ids.shape[1] == 2
+    desirable = jnp.arange(policy.shape[0]) % 2 == 0 if paired else batch.soft_labels > 0.5
     losses, rewards = settings.loss(policy, reference, desirable, kl, real)
-    more = {"chosen_logprob": policy[::2], "rejected_logprob": policy[1::2]}
-    _, (_, metrics) = over_pairs(batch, losses[::2], rewards[::2], rewards[1::2], more)
+    if paired:
+        more = {"chosen_logprob": policy[::2], "rejected_logprob": policy[1::2]}
+        _, (_, metrics) = over_pairs(batch, losses[::2], rewards[::2], rewards[1::2], more)
+    else:
+        metrics = _over_labels(rewards - settings.beta * kl, desirable, real)
     return masked_mean(losses, real), (real.sum(), metrics | {"reference_kl": jnp.float32(kl)})
+
+
+def _over_labels(rewards, desirable, real):
+    """Metrics of completions judged one by one: how many, and by how much, lie on their side of the reference point.
+    Means over all, since a batch may have none of a kind."""
+    margins = jnp.where(desirable, rewards, -rewards)
+    metrics = {
+        "accuracy": margins > 0,
+        "margin": margins,
+        "desirable_fraction": desirable,
+    }  # a tie counts as wrong
+    return {name: masked_mean(x.astype(jnp.float32), real) for name, x in metrics.items()}
 
 
 def reference_free_objective(settings, network, trained, frozen, controllers, batch, rng):

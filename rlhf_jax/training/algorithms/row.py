@@ -18,7 +18,7 @@ class Settings:
     """The values of a row; each has the name of its key in the row's section of the config."""
 
     # Of the rows that have them; without a type these are no fields, hence no keys.
-    reference, reference_sync_steps, reads_soft_labels = "base", 0, False
+    reference, reference_sync_steps, reads_soft_labels, reads_labels = "base", 0, False, False
 
     def check(self) -> str | None:
         """What is wrong with them, as "key is value; expected ...", or None."""
