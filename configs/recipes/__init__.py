@@ -2,7 +2,7 @@
 
 What a paper says of its algorithm holds at every size; its data, lengths, batches, steps and rates hold at all but
 tiny, which keeps its own and runs in a minute. Sizes name models: a paper's own was often another one. Values marked
-"ours" the paper does not give. Data are files in the forms that README lists, or hub ids that have such fields."""
+"ours" the paper does not give. Data are files in the forms that README lists, or data sets of the Hugging Face hub."""
 
 
 def published(config, size: str, *stages: str, **data) -> bool:

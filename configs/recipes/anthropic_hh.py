@@ -1,6 +1,6 @@
 """Helpful and harmless: Bai et al. 2022, "Training a Helpful and Harmless Assistant with RLHF", arXiv:2204.05862.
 
-Data: pairs of replies to a dialogue (preferences), openings of dialogues (prompts); public as Anthropic/hh-rlhf.
+Data: pairs of replies to a dialogue, and the dialogues as prompts: Anthropic/hh-rlhf.
 Published: preference accuracy about 72% at 52B; reward grows about as the square root of KL to the start. The paper
 gives neither batch nor rate of its PPO: those, and one pass over 160,000 prompts, are ours."""
 
@@ -18,8 +18,10 @@ def get_config(size="tiny"):
         size,
         "reward_model",
         "ppo",
-        prompts="data/hh/prompts.jsonl",
-        preferences="data/hh/preferences.jsonl",
+        prompts="Anthropic/hh-rlhf",
+        preferences="Anthropic/hh-rlhf",
+        eval_preferences="Anthropic/hh-rlhf#test",
+        max_bad_records=0.05,  # empty replies, and dialogues that part before the last
         prompt_tokens=512,
         completion_tokens=128,
     ):

@@ -2,7 +2,7 @@
 
 Clip-higher, a mean over tokens, groups of equal rewards drawn again, a soft penalty in tokens for answers that run into
 the limit, and no KL. It needs a base whose context holds 22,529 tokens (--config.model.path).
-Data: questions with the field `answer` (prompts), public as BytedTsinghua-SIA/DAPO-Math-17k.
+Data: questions with their answers (prompts): the English part of BytedTsinghua-SIA/DAPO-Math-17k, each once.
 Published: AIME 2024 50% with Qwen2.5-32B, half the steps of DeepSeek-R1-Zero's 47%."""
 
 from configs import grpo
@@ -28,7 +28,7 @@ def get_config(size="tiny"):
         config,
         size,
         "grpo",
-        prompts="data/dapo/questions.jsonl",
+        prompts="open-r1/DAPO-Math-17k-Processed:en",
         prompt_tokens=2048,
         completion_tokens=20480,
     ):

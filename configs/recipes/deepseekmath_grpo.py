@@ -1,8 +1,9 @@
 """DeepSeekMath: Shao et al. 2024, "Pushing the Limits of Mathematical Reasoning in Open Language Models",
 arXiv:2402.03300: GRPO, 64 answers a question, one update a rollout.
 
-Data: questions with the field `answer` (prompts); the paper's are 144,000 of GSM8K and MATH. Its reward is a model that
-is not public; here an answer is right or wrong (math-verify: pip install 'rlhf_jax[math]').
+Data: questions with the field `answer` (prompts); the paper's are 144,000 of GSM8K and MATH, of which openai/gsm8k:main
+has 7,473 and is read as it is. Its reward is a model that is not public; here an answer is right or wrong (math-verify:
+pip install 'rlhf_jax[math]').
 Published: GSM8K 82.9 to 88.2%, MATH 46.8 to 51.7% for 7B."""
 
 from configs import grpo

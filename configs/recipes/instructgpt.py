@@ -1,7 +1,7 @@
 """InstructGPT: Ouyang et al. 2022, "Training language models to follow instructions with human feedback",
 arXiv:2203.02155: supervised fine-tuning, a reward model on comparisons, PPO with the gradient of pretraining mixed in.
 
-Data: demonstrations (sft), pairs of all rankings (preferences), prompts, and plain text as in pretraining (ptx: rows
+Data: demonstrations (sft), rankings or their pairs (preferences), prompts, and plain text as in pretraining (ptx: rows
 with `text`). Published: people prefer the 175B model to GPT-3 85% of the time, and the 1.3B one to GPT-3 175B. The
 paper also averages weights over steps (EMA 0.992) and gives the value a rate of its own; neither is done here."""
 

@@ -1,7 +1,7 @@
 """TL;DR: Stiennon et al. 2020, "Learning to summarize from human feedback", arXiv:2009.01325.
 
 Settings of its reproduction, Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", arXiv:2403.17031.
-Data: Reddit posts with their authors' summaries (sft: prompt, completion; prompts), pairs of summaries (preferences).
+Data: Reddit posts with their authors' summaries (sft, prompts), pairs of summaries (preferences).
 Published: people prefer the 1.3B model's summaries to the authors' own 61% of the time, 43% for supervised 12B."""
 
 from configs import ppo
@@ -27,9 +27,11 @@ def get_config(size="tiny"):
         "sft",
         "reward_model",
         "ppo",
-        sft="data/tldr/sft.jsonl",
-        prompts="data/tldr/prompts.jsonl",
-        preferences="data/tldr/preferences.jsonl",
+        sft="trl-lib/tldr",
+        prompts="trl-lib/tldr",
+        preferences="openai/summarize_from_feedback:comparisons",
+        eval_preferences="openai/summarize_from_feedback:comparisons#validation",
+        max_bad_records=0.01,
         prompt_tokens=512,
         completion_tokens=53,
     ):

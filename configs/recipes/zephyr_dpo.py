@@ -1,7 +1,8 @@
 """Zephyr: Tunstall et al. 2023, "Zephyr: Direct Distillation of LM Alignment", arXiv:2310.16944.
 
 Full fine-tuning on a teacher's dialogues, packed, then DPO on pairs that another teacher ranked.
-Data: dialogues (sft), pairs (preferences), public as HuggingFaceH4/ultrachat_200k and .../ultrafeedback_binarized.
+Data: dialogues (sft) and pairs (preferences), in messages: the tokenizer needs a chat template, which that of Llama 2
+without -chat has not; the paper's Mistral got one of its own (--config.model.path).
 Published: MT-Bench 7.34 and AlpacaEval 90.6% for 7B. Pairs fit perfectly after one epoch of three, without harm."""
 
 from configs import dpo
@@ -18,9 +19,11 @@ def get_config(size="tiny"):
         size,
         "sft",
         "dpo",
-        sft="data/ultrachat/sft.jsonl",
-        prompts="data/ultrafeedback/prompts.jsonl",
-        preferences="data/ultrafeedback/preferences.jsonl",
+        sft="HuggingFaceH4/ultrachat_200k#train_sft",
+        prompts="HuggingFaceH4/ultrafeedback_binarized#test_prefs",
+        preferences="HuggingFaceH4/ultrafeedback_binarized#train_prefs",
+        eval_preferences="HuggingFaceH4/ultrafeedback_binarized#test_prefs",
+        max_bad_records=0.01,
         prompt_tokens=512,
         completion_tokens=512,
     ):

@@ -125,12 +125,13 @@ def pairs(
     """Preferences, given as such, or by different ratings, by a ranking, or by a label of completions of one prompt.
 
     See `_read` for `instruction` and `max_bad_records`; `which` (all, best), `by` (an aspect), `per_prompt` and `seed`
-    are those of conversions.py and matter to the other three alone.
+    are those of conversions.py. They matter to ratings and labels; rankings given as such give all (or the best's)
+    pairs, as InstructGPT's do.
     """
     options = dict(which=which, per_prompt=per_prompt, seed=seed)
     derived = {
         Pair: None,
-        Ranking: functools.partial(conversions.pairs_of_rankings, **options),
+        Ranking: functools.partial(conversions.pairs_of_rankings, which=which, per_prompt=0),
         Rated: functools.partial(conversions.pairs_of_rated, by=by, **options),
         Labelled: functools.partial(conversions.pairs_of_labelled, **options),
     }

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import cli, evaluate, export, pipeline
+from rlhf_jax.data import sources
 from rlhf_jax.errors import InputError, Interrupted
 from rlhf_jax.rewards import rules
 from rlhf_jax.training.algorithms import ALGORITHMS
@@ -72,7 +73,10 @@ def test_recipes_load_at_the_size_of_their_papers(name, monkeypatch):
         config = cli.load_config(f"configs/recipes/{name}.py:{size}", [])
         check_config(config, tuple(pipeline.STAGES))
         assert config.stages[-1] == "evaluation" and config.gold == ""
-        assert config.data.prompts.startswith("data/") and "preferences" not in config.stages
+        for key in ("sft", "prompts", "preferences", "eval_preferences"):
+            spec = config.data[key]
+            assert spec == "" or spec.startswith("data/") or sources.HUB_NAME.fullmatch(spec)
+        assert config.data.prompts and "preferences" not in config.stages
 
 
 @pytest.mark.parametrize("name", ["arithmetic", *(f"recipes/{name}" for name in RECIPES)])
