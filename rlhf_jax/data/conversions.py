@@ -21,7 +21,7 @@ def rankings_of_rated(records: Sequence[Rated], *, by: str = "") -> list[Ranking
       by: the aspect that orders them. Empty: `overall`, or without it the mean of the aspects that all of a prompt's
         completions have, less those of style (complexity, verbosity).
     """
-    if by and not any(by in one.ratings for one in records):
+    if by and records and not any(by in one.ratings for one in records):
         known = ", ".join(sorted({name for one in records for name in one.ratings}))
         raise InputError(f"by is {by!r}, an aspect that no completion is rated on; expected one of {known}.")
     made = []

@@ -7,9 +7,8 @@ does not fit is named by file, line and field. Knows nothing of tokens."""
 import collections
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
-
-from absl import logging
 
 from rlhf_jax.data import asked, conversations, conversions, judged, stackexchange, summaries
 from rlhf_jax.data.fields import FieldError, shown
@@ -32,6 +31,8 @@ from rlhf_jax.errors import InputError
 __all__ = ["INSTRUCTION_SEPARATOR", "Example", "FieldError", "Format", "Labelled", "Messages", "Pair", "Prompt",
            "Ranking", "Rated", "examples", "instructed", "labelled", "pairs", "pairs_or_labelled", "prompts",
            "rankings", "rated", "readable", "recognise", "source_of"]  # fmt: skip
+
+LOG = logging.getLogger("rlhf_jax.data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def pairs(
     }
     records = _read(rows, JUDGED_FORMATS, derived, instruction, max_bad_records)
     if same := sum(pair.chosen == pair.rejected for pair in records):
-        logging.warning("%d of %d pairs have two equal candidates; they teach nothing.", same, len(records))
+        LOG.warning("%d of %d pairs have two equal candidates; they teach nothing.", same, len(records))
     return records
 
 
@@ -199,7 +200,10 @@ def _read(rows, formats, derived, instruction, max_bad_records):
         form = recognise(of_source, formats)
         records = [_instructed(instruction, one) for one in _parsed(form, of_source, bad)]
         if form.once:
-            records = list({repr(one.text): one for one in reversed(records)}.values())[::-1]
+            texts = {}
+            for one in records:
+                texts.setdefault(repr(one.text), one)
+            records = list(texts.values())
         said = f"{source}: {len(of_source)} rows of {form.name} ({', '.join(form.fields)})"
         convert = derived[form.record]
         if convert is not None:
@@ -207,7 +211,7 @@ def _read(rows, formats, derived, instruction, max_bad_records):
             said += (
                 f", {count} {form.record.__name__.lower()} records, {len(records)} records derived from them"
             )
-        logging.info("%s", said)
+        LOG.info("%s", said)
         told.append(said)
         found += records
     check_bad_records(bad, len(rows), max_bad_records)

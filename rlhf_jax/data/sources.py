@@ -8,6 +8,7 @@ import dataclasses
 import glob
 import gzip
 import itertools
+import logging
 import os
 import re
 import zlib
@@ -66,9 +67,9 @@ def check_bad_records(bad: list[BadRecord], total: int, max_bad_records: float =
             f"{counted}{chr(10).join(shown)}\nCorrect or delete {which} are not affected. Or allow a "
             f"fraction of bad records: max_bad_records, now {max_bad_records:g}; here {len(bad) / total:.2g}."
         )
-    from absl import logging
-
-    logging.warning("left out %d of %d records:\n%s", len(bad), total, "\n".join(shown))
+    logging.getLogger("rlhf_jax.data").warning(
+        "left out %d of %d records:\n%s", len(bad), total, "\n".join(shown)
+    )
 
 
 def read_rows(

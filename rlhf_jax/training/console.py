@@ -4,6 +4,7 @@ Text of models and data is printed as it is, never as markup, and without contro
 cannot colour, move or clear the screen. Knows nothing of training."""
 
 import contextlib
+import logging
 import re
 import sys
 import time
@@ -76,6 +77,7 @@ class Console:
         )
         self.live = live and not quiet
         self.log_every_steps = log_every_steps
+        self.told = set()  # lines of `heard`
 
     @contextlib.contextmanager
     def stage(self, name, total_steps, start=0):
@@ -101,6 +103,28 @@ class Console:
 
     def warn(self, text):
         self._print(f"warning: {text}", style="yellow")
+
+    @contextlib.contextmanager
+    def heard(self, name):
+        """What the logger `name` says meanwhile, its INFO too, is printed here, each line once in a run."""
+        logger, handler = logging.getLogger(name), logging.Handler()
+        handler.emit = self._hear
+        before = logger.level, logger.propagate
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(before[0])
+            logger.propagate = before[1]
+
+    def _hear(self, record):
+        text = record.getMessage()
+        if text not in self.told:
+            self.told.add(text)
+            (self.warn if record.levelno >= logging.WARNING else self.note)(text)
 
     def table(self, title, columns, rows):
         """Cells are strings, numbers or None; columns that hold numbers are aligned right."""

@@ -201,10 +201,11 @@ class Run:
         return jax.random.fold_in(jax.random.key(self.config.seed), SALTS[stage])
 
     def records(self, spec: str, form) -> list:
-        """The records of a data spec; form: formats.prompts, pairs or examples."""
+        """The records of a data spec; form: formats.prompts, pairs or another reader."""
         data = self.config.data
-        rows = sources.read_rows(spec, max_bad_records=data.max_bad_records)
-        return form(rows, instruction=data.instruction, max_bad_records=data.max_bad_records)
+        with self.console.heard("rlhf_jax.data"):
+            rows = sources.read_rows(spec, max_bad_records=data.max_bad_records)
+            return form(rows, instruction=data.instruction, max_bad_records=data.max_bad_records)
 
     @functools.cached_property
     def prompt_sets(self) -> dict:

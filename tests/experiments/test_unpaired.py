@@ -35,6 +35,7 @@ def test_kto_from_labels(finished, tmp_path, capsys):
     )
     assert found[0]["margin"] == pytest.approx(0, abs=1e-4) and found[-1]["grad_norm"] > 0
     said = capsys.readouterr()
+    assert (said.out + said.err).count("30 rows of labelled completions (prompt, completion, label)") == 1
     assert "8 completions accepted, 16 not" in said.out + said.err
     assert "between 2.00 and 2.67, now 1" in said.out + said.err
 

@@ -1,6 +1,7 @@
 """What is printed: a bar in a terminal, lines elsewhere, and never a control character of a model's."""
 
 import io
+import logging
 import re
 import subprocess
 import sys
@@ -24,6 +25,20 @@ def controls(text):
 def test_clean_strips_escapes_controls_and_surrogates():
     assert console.clean(NASTY) == "okred2Jbackgnp\ufffd[bold]not markup[/bold] [/b]"
     assert console.clean("tab\tand\nnewline שלום 🎈") == "tab\tand\nnewline שלום 🎈"
+
+
+def test_a_logger_is_heard_once_a_line_and_only_meanwhile(caplog):
+    out, file = plain(width=200)
+    logger = logging.getLogger("rlhf_jax.heard")
+    for _ in range(2):
+        with out.heard("rlhf_jax.heard"):
+            logger.info("p.jsonl: 3 rows")
+            logger.warning("left out 1")
+    logger.info("nobody asked")
+    assert file.getvalue() == "p.jsonl: 3 rows\nwarning: left out 1\n" and not caplog.records
+    with pytest.raises(ZeroDivisionError), out.heard("rlhf_jax.heard"):
+        _ = 1 / 0
+    assert logger.propagate and not logger.handlers and logger.level == logging.NOTSET
 
 
 @pytest.mark.parametrize("terminal", [False, True])
