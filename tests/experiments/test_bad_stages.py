@@ -88,8 +88,8 @@ def test_a_row_of_the_prompts(refusal, wrong, reason):
 
 
 def test_files_of_another_format(refusal):
-    said = refusal(prompts=[{"question": "x", "answer": "y"}])
-    assert "prompts.jsonl, line 1: the fields are 'question', 'answer'; expected one of: input_text" in said
+    said = refusal(prompts=[{"headline": "x", "body": "y"}])
+    assert "prompts.jsonl, line 1: the fields are 'headline', 'body'; expected one of: input_text" in said
 
 
 @pytest.mark.parametrize("file", ["pairs", "prompts"])
