@@ -1,6 +1,7 @@
-"""The tuned model for Hugging Face users: merged weights, or the adapter alone in PEFT's format.
+"""The tuned model for Hugging Face users: merged weights, or the adapter alone in PEFT's format; or the reward model.
 
-python -m experiments.export --workdir=runs/demo --output=runs/demo/export [--merge]"""
+python -m experiments.export --workdir=runs/demo --output=runs/demo/export [--merge]
+python -m experiments.export --workdir=runs/demo --output=runs/demo/reward --role=reward_model"""
 
 import os
 import shutil
@@ -14,6 +15,12 @@ def command(argv):
     parser.add_argument("--workdir", required=True, help="of a run that has trained a policy")
     parser.add_argument("--output", required=True, help="directory to write")
     parser.add_argument("--merge", action="store_true", help="whole weights with the adapter in them")
+    parser.add_argument(
+        "--role",
+        choices=("policy", "reward_model"),
+        default="policy",
+        help="reward_model: whole, as a LlamaForSequenceClassification",
+    )
     flags, overrides = cli.parse(parser, argv)
     config = cli.load_saved(flags.workdir, overrides)
 
@@ -32,6 +39,12 @@ def command(argv):
         raise InputError(f"--output: {flags.output} is a file; give a directory.")
     console = Console()
     run = Run(config, flags.workdir, console, StopRequest())
+    if flags.role == "reward_model":
+        export_reward_model(run, flags.output)
+        console.note(
+            f"reward model written to {flags.output}; decoder:path={flags.output} names it as a reward"
+        )
+        return
     stage = tuned_stage(run)
     role, settings, meta = run.load_role(stage)
     base = run.raw_base if stage == "sft" else run.base
@@ -46,6 +59,24 @@ def command(argv):
     huggingface.save_llama(flags.output, run.model.config, weights, run.tokenizer.tokenizer)
     tell_suffix(flags.output, meta, console)
     console.note(f"weights of stage {stage} written to {flags.output}")
+
+
+def export_reward_model(run, output: str) -> None:
+    """Base, adapter and head in one checkpoint with its tokenizer."""
+    import jax
+
+    from rlhf_jax.checkpoints import huggingface
+    from rlhf_jax.models import lora, roles
+
+    role, settings, _ = run.load_role("reward_model")
+    weights = role.params(run.base)
+    if role.depth is not None:
+        weights = weights | {"layers": jax.tree.map(lambda x: x[: role.depth], weights["layers"])}
+    if role.adapter is not None:
+        weights = lora.merge(weights, role.adapter, settings)
+    config = roles.shallower(run.model.config, role.depth)
+    head = role.head["kernel"][:, None]
+    huggingface.save_scorer(output, config, weights, head, run.tokenizer.tokenizer, role.pooling)
 
 
 def tell_suffix(output: str, meta: dict, console) -> None:

@@ -20,7 +20,7 @@ def side_by_side_and_report(run) -> None:
     name = judged_stage(run)
     policy, _, meta = run.load_role(name) if name else (Role(), None, {})
     base = run.raw_base if name == "sft" else run.base
-    rewards = Rewards(config.rewards, run.console.warn)
+    rewards = Rewards(config.rewards, run.console.warn, run.mesh)
     reward = None
     if run.has_role("reward_model") and rewards.learned:
         reward = (run.load_role("reward_model")[0], meta.get("reward_mean", 0.0), meta.get("reward_std", 1.0))

@@ -93,6 +93,11 @@ def read_data(run: Run, todo: list[str]) -> None:
     if online:
         with scoring.Rewards(run.config.rewards, run.console.warn) as rewards:  # starts the user's functions
             rewards.check_fields(run.prompt_sets["train"])
+            for stage in online:
+                greedy = ALGORITHMS[stage].greedy_baseline  # one completion, judged alone
+                rewards.check_group(1 if greedy else run.config[stage].num_completions, f"config.{stage}")
+            if "evaluation" in todo:
+                rewards.check_group(run.config.evaluation.num_completions, "config.evaluation")
 
 
 def is_done(run: Run, stage: str) -> bool:

@@ -3,6 +3,7 @@
 Never pickle, never code from a checkpoint. The config decides every shape; a file that disagrees is one error that
 lists the tensors. Knows nothing of adapters (peft.py) or of how a safetensors file is read (tensors.py)."""
 
+import dataclasses
 import os
 import re
 
@@ -14,7 +15,7 @@ from rlhf_jax.checkpoints.tensors import Leaf
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.lora import ATTENTION, MLP, shapes
-from rlhf_jax.parallel.sharding import llama_shardings
+from rlhf_jax.parallel.sharding import llama_shardings, replicated
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHORT_NAMES = {  # what Vertex AI calls them
@@ -40,7 +41,7 @@ _FETCHED = (
 _IGNORED = re.compile(
     r"\.rotary_emb\.inv_freq$"
 )  # buffers that old conversions saved; the config has the same facts
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD, _EMBEDDING, _SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
 
 
 def resolve(path: str) -> str:
@@ -85,7 +86,9 @@ def load_llama(
     """
     directory = resolve(path)
     config = LlamaConfig.from_huggingface(directory)
-    found = {name: held for name, held in stored_tensors(directory).items() if not _IGNORED.search(name)}
+    found = {
+        name: held for name, held in storedstored_tensors(directory).items() if not _IGNORED.search(name)
+    }
     leaves = leaves_of(config)
     if config.tie_embeddings and _HEAD in found:
         if not same_values(found[_HEAD], found.get(_EMBEDDING)):
@@ -113,7 +116,6 @@ def save_llama(
     `path` may exist: its other files stay, an earlier model in it is replaced.
     """
     items = tensors.stored_arrays(leaves_of(config), params)
-
     raw = config.to_huggingface()
     generation = {"bos_token_id": raw["bos_token_id"], "eos_token_id": raw["eos_token_id"]}
     if tokenizer is not None:
@@ -145,6 +147,60 @@ def install_model(
             tensors.write_json(directory, "generation_config.json", present)
 
     tensors.install(path, make, stale=r"model.*\.safetensors(\.index\.json)?", last="config.json")
+
+
+def load_scorer(path: str, dtype=jnp.float32, mesh=None):
+    """(config, params, head, pooling) of a LlamaForSequenceClassification: a decoder with a linear head, no bias.
+
+    Args: as `load_llama`.
+    Returns: params without a vocabulary head; head [D, K] float32; pooling "last" (Hugging Face's), or "mean" of one
+      of ours (the key `rlhf_jax_pooling` of its config.json).
+    Raises: InputError, also for a checkpoint without `score.weight`.
+    """
+    directory = resolve(path)
+    config = dataclasses.replace(LlamaConfig.from_huggingface(directory), tie_embeddings=True)
+    raw = tensors.read_json(os.path.join(directory, "config.json"), "the config of a model")
+    found = stored_tensors(directory)
+    if _SCORE not in found or len(found[_SCORE].shape) != 2:
+        raise InputError(
+            f"{directory} has no reward head ({_SCORE}, [outputs, {config.hidden_size}]). Give a checkpoint of the "
+            "architecture LlamaForSequenceClassification, or what `experiments.export --role=reward_model` writes."
+        )
+    found.pop(_HEAD, None)
+    leaves = [*leaves_of(config), _head_leaf(config, found[_SCORE].shape[0])]
+    hint = f"Check that {os.path.join(directory, 'config.json')} belongs to these files."
+    tensors.check(found, leaves, directory, hint)
+    shardings = (
+        None if mesh is None else llama_shardings(config, mesh) | {"score": {"kernel": replicated(mesh)}}
+    )
+    params = tensors.gather(leaves, lambda name, slices: found[name].read(slices), dtype, shardings)
+    head = params.pop("score")["kernel"].astype(jnp.float32)
+    return config, params, head, raw.get("rlhf_jax_pooling", "last")
+
+
+def save_scorer(path: str, config: LlamaConfig, params: dict, head, tokenizer, pooling: str = "last") -> None:
+    """A directory that transformers reads as LlamaForSequenceClassification, and load_scorer.
+
+    head: [D, K]. pooling: as in models/roles.py; transformers knows only "last", which finds the last token that is
+      not the tokenizer's pad. A bias of the head is not written: it moves every reward alike.
+    """
+    K = head.shape[1]
+    config = dataclasses.replace(config, tie_embeddings=True)  # a vocabulary head is never read
+    leaves = [*leaves_of(config), _head_leaf(config, K)]
+    own = {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": tokenizer.pad_token_id}
+    own |= {
+        "num_labels": K,
+        "id2label": {str(i): f"LABEL_{i}" for i in range(K)},
+        "rlhf_jax_pooling": pooling,
+    }
+    own |= {"label2id": {f"LABEL_{i}": i for i in range(K)}}
+    params = {name: part for name, part in params.items() if name != "lm_head"} | {"score": {"kernel": head}}
+    items = tensors.stored_arrays(leaves, params)
+    install_model(path, items, config.to_huggingface() | own, tokenizer, None, 5 * 10**9)
+
+
+def _head_leaf(config, outputs):
+    return Leaf(("score", "kernel"), (_SCORE,), ((outputs,), (config.hidden_size,)), True)
 
 
 def leaves_of(config: LlamaConfig) -> list[Leaf]:

@@ -122,10 +122,14 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, dict(RULES)["batch"]))
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[a] for a in dict(RULES)["batch"])
+
+
 def put_batch(batch, mesh: Mesh, axis: int = 0):
     """Host arrays [B, ...] of a batch onto the mesh, split over B; axis: where B stands."""
-    axes = dict(RULES)["batch"]
-    ways = math.prod(mesh.shape[a] for a in axes)
+    axes, ways = dict(RULES)["batch"], batch_ways(mesh)
 
     def put(x):
         if x.shape[axis] % ways:

@@ -2,6 +2,7 @@
 
     sentiment                       a rule
     length:target=50,unit=words     a rule with parameters
+    decoder:path=org/name           a model of its own (models/catalogue.py)
     package.module:function         the user's own score(prompts, completions, **fields)
 
 A comma ends a value only where NAME= follows, so a pattern may hold commas, colons and equals signs:
@@ -9,6 +10,7 @@ regex:pattern=[0-9]{1,3},match=full (a pattern with ",x=" in it writes "[,]x=").
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -17,6 +19,7 @@ from collections.abc import Callable
 
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import rules
+from rlhf_jax.rewards.models.catalogue import MODELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Spec:
     name: str  # short, for messages and metrics
     load: Callable[[], Callable]
     in_process: bool
+    model: bool = False  # load(mesh=...) gives a TextReward, after it has read a checkpoint
 
 
 def parse(text: str) -> Spec:
@@ -59,11 +63,15 @@ def parse(text: str) -> Spec:
         shipped = SHIPPED[name]
         score = shipped.factory(**_parameters(text, name, shipped.factory, rest if colon else None))
         return Spec(text, name, lambda: score, shipped.in_process)
+    if name in MODELS:
+        parameters = _parameters(text, name, MODELS[name], rest if colon else None)
+        return Spec(text, name, functools.partial(MODELS[name], **parameters), in_process=True, model=True)
     path = IMPORT_PATH.fullmatch(text)
     if path is None:
-        near = difflib.get_close_matches(name, SHIPPED, n=1)
+        near = difflib.get_close_matches(name, [*SHIPPED, *MODELS], n=1)
         raise InputError(
-            f"reward {text!r} is neither a rule nor an import path. Rules: {', '.join(SHIPPED)}"
+            f"reward {text!r} is neither a rule, a model nor an import path. Rules: {', '.join(SHIPPED)}; models: "
+            f"{', '.join(MODELS)}"
             + (f" (did you mean {near[0]!r}?)" if near else "")
             + "; parameters follow as 'length:target=50'. A function of your own is 'package.module:function'."
         )
@@ -79,6 +87,9 @@ def _imported(module: str, function: str) -> Callable:
 
 def _parameters(spec: str, name: str, factory: Callable, text: str | None) -> dict:
     known = inspect.signature(factory).parameters
+    known = {
+        key: one for key, one in known.items() if one.kind is not one.KEYWORD_ONLY
+    }  # those are the run's
     expected = f"Parameters of {name}: {', '.join(known) or 'none'}."
     values = {}
     for part in [] if text is None else re.split(r",(?=[a-z_]+=)", text):

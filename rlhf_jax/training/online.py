@@ -32,7 +32,7 @@ def online(run: Run, name: str) -> None:
     section = run.config[name]
     algorithm, settings = ALGORITHMS[name], settings_of(name, section)
     network = run.network(run.config.sampling.temperature)
-    rewards = Rewards(run.config.rewards, run.console.warn)
+    rewards = Rewards(run.config.rewards, run.console.warn, run.mesh)
     reward = run.load_role("reward_model")[0] if rewards.learned else None
     rng, base = run.rng(name), run.base
     trained = {"policy": run.new_role(rng, section.train, base)}

@@ -12,6 +12,7 @@ from rlhf_jax.data.formats import readable
 from rlhf_jax.errors import InputError
 from rlhf_jax.rewards import mixture, specs
 from rlhf_jax.rewards.functions import RewardFunction
+from rlhf_jax.rewards.models.function import ModelFunction
 
 LEARNED = "learned"
 
@@ -55,13 +56,25 @@ def _components(section) -> list[mixture.Component]:
 class Rewards(contextlib.AbstractContextManager):
     """The components of config.rewards. In a `with`: functions of the user's own have processes of their own."""
 
-    def __init__(self, section, log):
-        """section: config.rewards. log: called with a line for each sample that could not be scored."""
+    def __init__(self, section, log, mesh=None):
+        """
+        Args:
+          section: config.rewards.
+          log: called with a line for each sample that could not be scored.
+          mesh: where the weights of rewards that are models go, once they are asked; None: on one device.
+        """
         self.components, self._specs = _components(section), section.components
-        options = dict(timeout_seconds=section.timeout_seconds, failure_score=section.failure_score)
-        self._functions = [
-            None if spec == LEARNED else RewardFunction(spec, log, **options) for spec in section.components
-        ]
+
+        def made(spec):
+            if spec == LEARNED:
+                return None
+            if specs.parse(spec).model:
+                return ModelFunction(spec, log, failure_score=section.failure_score, mesh=mesh)
+            return RewardFunction(
+                spec, log, timeout_seconds=section.timeout_seconds, failure_score=section.failure_score
+            )
+
+        self._functions = [made(spec) for spec in section.components]
 
     def __exit__(self, *exception):
         for function in filter(None, self._functions):
@@ -79,7 +92,10 @@ class Rewards(contextlib.AbstractContextManager):
         return learned_alone and not others and first == mixture.Component(LEARNED)
 
     def check_fields(self, prompts: list) -> None:
-        """Raises: InputError if a function needs a field that no record of the prompts has."""
+        """Raises: InputError if a function needs a field that no record of the prompts has, or a model is not there."""
+        for function in self._functions:
+            if isinstance(function, ModelFunction):
+                function.check()
         known = {"prompts", "completions", *_columns(prompts)}
         for spec, function in zip(self._specs, self._functions, strict=True):
             missing = [] if function is None else [name for name in function.required if name not in known]
@@ -87,6 +103,16 @@ class Rewards(contextlib.AbstractContextManager):
                 raise InputError(
                     f"reward {spec!r} needs the field {missing[0]!r}, which the prompts' records do not have; they "
                     f"give {', '.join(sorted(known))}."
+                )
+
+    def check_group(self, num_completions: int, key: str) -> None:
+        """Raises: InputError if a component compares completions and there are none to compare. key: of the config."""
+        for spec, function in zip(self._specs, self._functions, strict=True):
+            least = getattr(function, "least", 1)
+            if num_completions < least:
+                raise InputError(
+                    f"reward {spec!r} compares the completions of a prompt with each other, and {key} makes "
+                    f"{num_completions}; it needs {least} or more."
                 )
 
     def total(self, learned, prompts: list, completions: list[list[str]], mask=None, *, normalise=True):
@@ -109,7 +135,10 @@ class Rewards(contextlib.AbstractContextManager):
             if function is None:
                 scores.append(learned)
                 continue
-            found, failed = function.score(asked, texts, _columns(repeated))
+            if isinstance(function, ModelFunction):
+                found, failed = function.score([prompt.text for prompt in prompts], completions)
+            else:
+                found, failed = function.score(asked, texts, _columns(repeated))
             scores.append(found.reshape(-1, G))
             failures.append(failed.mean())
         components = self.components
