@@ -86,9 +86,7 @@ def load_llama(
     """
     directory = resolve(path)
     config = LlamaConfig.from_huggingface(directory)
-    found = {
-        name: held for name, held in storedstored_tensors(directory).items() if not _IGNORED.search(name)
-    }
+    found = {name: held for name, held in stored_tensors(directory).items() if not _IGNORED.search(name)}
     leaves = leaves_of(config)
     if config.tie_embeddings and _HEAD in found:
         if not same_values(found[_HEAD], found.get(_EMBEDDING)):
@@ -160,7 +158,7 @@ def load_scorer(path: str, dtype=jnp.float32, mesh=None):
     directory = resolve(path)
     config = dataclasses.replace(LlamaConfig.from_huggingface(directory), tie_embeddings=True)
     raw = tensors.read_json(os.path.join(directory, "config.json"), "the config of a model")
-    found = stored_tensors(directory)
+    found = {name: held for name, held in stored_tensors(directory).items() if not _IGNORED.search(name)}
     if _SCORE not in found or len(found[_SCORE].shape) != 2:
         raise InputError(
             f"{directory} has no reward head ({_SCORE}, [outputs, {config.hidden_size}]). Give a checkpoint of the "

@@ -75,7 +75,7 @@ class Decoder:
                 prompt = [{"role": "user", "content": prompt}]
             room = self._max_tokens - max(map(len, texts))
             groups.append((self._tokenizer.encode_prompt(prompt, room), texts))
-        found = reading.answered(groups, lambda batch: self._forward(self._params, batch), **self._how)
+        found = reading.groups(lambda batch: self._forward(self._params, batch), groups, **self._how)
         answers = np.zeros(len(questions), np.float32)
         for group, scores in zip(numbers, found, strict=True):
             answers[group] = scores

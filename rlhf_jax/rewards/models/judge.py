@@ -86,7 +86,7 @@ class Judge:
     def _answer(self, questions):
         # One token of completion: its own value is not read, only the state that predicts it.
         groups = [(self._question(*question), [[self._label]]) for question in questions]
-        found = reading.answered(groups, lambda batch: self._forward(self._params, batch), **self._how)
+        found = reading.groups(lambda batch: self._forward(self._params, batch), groups, **self._how)
         return np.concatenate(found)
 
     def _question(self, prompt, first, second):

@@ -1,50 +1,73 @@
-"""Texts through a decoder in batches of few shapes: one compiled program for each length of prompt and completion."""
+"""Texts through a model in batches of few shapes: lengths are padded to powers of two, like goes with like."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
 from rlhf_jax.data import batching
 from rlhf_jax.parallel import sharding
 
-SMALLEST = 16  # tokens; lengths are padded to powers of two from here
+SMALLEST = 16  # tokens
 
 
-def in_batches(
-    groups: Sequence[tuple], *, batch_size: int, pad_id: int, mesh=None
-) -> Iterator[tuple[list[int], object]]:
-    """(indices into groups, GroupedBatch of `batch_size` prompts) until all groups were there, like with like.
+def groups(
+    forward: Callable, asked: Sequence[tuple], *, batch_size: int, pad_id: int, mesh=None
+) -> list[np.ndarray]:
+    """forward(GroupedBatch) -> [B, G], over prompts with their completions: one array a prompt, in order.
 
     Args:
-      groups: (prompt ids, ids of each completion); numbers of completions may differ: rows without tokens fill up.
+      asked: (prompt ids, ids of each completion); numbers of completions may differ: rows without tokens fill up.
       batch_size: prompts; on a mesh rounded up to what it can split.
     """
+    longest = lambda group: max(len(ids) for ids in group[1])
+
+    def batch_of(chosen, size):
+        G = max(len(completions) for _, completions in chosen)
+        return batching.group(
+            [prompt for prompt, _ in chosen],
+            [[*completions, *[[]] * (G - len(completions))] for _, completions in chosen],
+            prompt_length=_bucket(max(len(prompt) for prompt, _ in chosen)),
+            completion_length=_bucket(max(map(longest, chosen))),
+            pad_id=pad_id,
+            batch_size=size,
+        )
+
+    found = _batches(forward, asked, lambda group: (len(group[0]), longest(group)), batch_of, batch_size, mesh)
+    return [row[: len(group[1])] for row, group in zip(found, asked, strict=True)]
+
+
+def sequences(
+    forward: Callable, asked: Sequence, *, batch_size: int, pad_id: int, mesh=None
+) -> list[np.ndarray]:
+    """forward((ids, mask, type_ids)), each [B, T] int32, -> [B, ...], over (ids, type_ids) of sequences, in order."""
+
+    def batch_of(chosen, size):
+        T = _bucket(max(len(ids) for ids, _ in chosen))
+        rows = [*chosen, *chosen[-1:] * (size - len(chosen))]
+        ids, mask, types = np.full((size, T), pad_id, np.int32), np.zeros((size, T), np.int32), np.zeros((size, T), np.int32)
+        for i, (one, of_type) in enumerate(rows):
+            ids[i, : len(one)], mask[i, : len(one)], types[i, : len(one)] = one, 1, of_type
+        return ids, mask, types
+
+    return _batches(forward, asked, lambda one: len(one[0]), batch_of, batch_size, mesh)
+
+
+def _batches(forward, asked, size_of, batch_of, batch_size, mesh):
     if mesh is not None:
         ways = sharding.batch_ways(mesh)
         batch_size = -(-batch_size // ways) * ways
-    size = lambda n: SMALLEST * 2 ** max(0, int(np.ceil(np.log2(max(n, 1) / SMALLEST))))
-    longest = lambda group: max(len(ids) for ids in group[1])
-    order = sorted(range(len(groups)), key=lambda i: (len(groups[i][0]), longest(groups[i])))
+    found = [None] * len(asked)
+    order = sorted(range(len(asked)), key=lambda i: size_of(asked[i]))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        G = max(len(groups[i][1]) for i in indices)
-        filled = [[*groups[i][1], *[[]] * (G - len(groups[i][1]))] for i in indices]
-        batch = batching.group(
-            [groups[i][0] for i in indices],
-            filled,
-            prompt_length=size(max(len(groups[i][0]) for i in indices)),
-            completion_length=size(max(longest(groups[i]) for i in indices)),
-            pad_id=pad_id,
-            batch_size=batch_size,
-        )
-        yield indices, batch if mesh is None else sharding.put_batch(batch, mesh)
-
-
-def answered(groups: Sequence[tuple], forward: Callable, **how) -> list[np.ndarray]:
-    """forward(batch) -> [B, G], over all groups: one array of its own length each, in order."""
-    found = [None] * len(groups)
-    for indices, batch in in_batches(groups, **how):
-        rows = np.asarray(forward(batch), np.float32)
-        for row, i in zip(rows, indices, strict=False):
-            found[i] = row[: len(groups[i][1])]
+        batch = batch_of([asked[i] for i in indices], batch_size)
+        batch = batch if mesh is None else sharding.put_batch(batch, mesh)
+        for i, row in zip(indices, np.asarray(jax.device_get(forward(batch)), np.float32), strict=False):
+            found[i] = row
     return found
+
+
+def _bucket(length: int) -> int:
+    return SMALLEST * 2 ** max(0, math.ceil(math.log2(max(length, 1) / SMALLEST)))
