@@ -100,7 +100,9 @@ def test_a_following_reference_is_resumed_to_the_bit(started, monkeypatch, mix):
     change = ("dpo.reference_sync_steps=2", f"dpo.reference_sync_mix={mix}")
     unbroken, real = tune(where, f"unbroken{mix}", *change), offline.train
     before, after = rows(plain), rows(unbroken)
-    assert before[0]["grad_norm"] == pytest.approx(after[0]["grad_norm"], rel=1e-5)  # two programs: not to the bit
+    assert before[0]["grad_norm"] == pytest.approx(
+        after[0]["grad_norm"], rel=1e-5
+    )  # two programs: not to the bit
     assert before[2]["margin"] != after[2]["margin"]
     assert before[0]["margin"] == 0 and (after[2]["margin"] == 0) == (mix == 1)  # just copied
 

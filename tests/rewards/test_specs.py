@@ -49,7 +49,7 @@ def test_a_function_by_import_path_is_imported_when_loaded(tmp_path, monkeypatch
     "text, found",
     [
         ("sentimant", "did you mean 'sentiment'"),
-        ("", "neither a rule nor an import path"),
+        ("", "neither a rule, a model nor an import path"),
         ("a.b", "package.module:function"),
         ("a.b:", "neither"),
         ("a b:f", "neither"),

@@ -46,5 +46,29 @@ def judge(
     )
 
 
-MODELS = {"decoder": decoder, "judge": judge}
-LEAST = {"judge": 2}  # completions of a prompt that it needs at once, known before it is loaded
+def encoder(path: str, output: int = -1, max_tokens: int = 0, batch_size: int = 16, *, mesh=None):
+    """A BERT, RoBERTa or DeBERTa classifier."""
+    from rlhf_jax.rewards.models.encoder import Encoder
+
+    return Encoder(path, output=output, max_tokens=max_tokens, batch_size=batch_size, mesh=mesh)
+
+
+def pairrm(
+    path: str, source_tokens: int = 1224, candidate_tokens: int = 412, batch_size: int = 8, *, mesh=None
+):
+    """llm-blender/PairRM or a model of its kind."""
+    from rlhf_jax.rewards.models.pairrm import PairRM
+
+    limits = dict(source_tokens=source_tokens, candidate_tokens=candidate_tokens)
+    return PairRM(path, **limits, batch_size=batch_size, mesh=mesh)
+
+
+def steamshp(path: str, max_tokens: int = 512, batch_size: int = 8, *, mesh=None):
+    """stanfordnlp/SteamSHP-flan-t5-large or a model of its kind."""
+    from rlhf_jax.rewards.models.steamshp import SteamSHP
+
+    return SteamSHP(path, max_tokens=max_tokens, batch_size=batch_size, mesh=mesh)
+
+
+MODELS = {"decoder": decoder, "encoder": encoder, "pairrm": pairrm, "steamshp": steamshp, "judge": judge}
+LEAST = {"pairrm": 2, "judge": 2}  # completions of a prompt that it needs at once, known before it is loaded

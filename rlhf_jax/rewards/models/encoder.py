@@ -14,9 +14,7 @@ from rlhf_jax.rewards.models.remembering import Remembered
 class Encoder:
     least = 1
 
-    def __init__(
-        self, path: str, *, output: int = -1, max_tokens: int = 0, batch_size: int = 16, mesh=None
-    ):
+    def __init__(self, path: str, *, output: int = -1, max_tokens: int = 0, batch_size: int = 16, mesh=None):
         """
         Args:
           path: directory or hub id with the head of a classifier.
@@ -34,7 +32,11 @@ class Encoder:
         if output >= outputs or (output < 0 and outputs > 2):
             raise InputError(f"{path} has {outputs} outputs; output={output} names none of them (from 0).")
         model, kind = model_of(config), config.head
-        self._tokenizer, most = SequenceTokenizer(path), config.max_tokens
+        # RoBERTa counts positions from 2.
+        self._tokenizer, most = (
+            SequenceTokenizer(path),
+            config.max_position - getattr(config, "position_offset", 0),
+        )
         self._max_tokens = min(max_tokens or most, most)
 
         @jax.jit

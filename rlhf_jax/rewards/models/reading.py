@@ -34,7 +34,9 @@ def groups(
             batch_size=size,
         )
 
-    found = _batches(forward, asked, lambda group: (len(group[0]), longest(group)), batch_of, batch_size, mesh)
+    found = _batches(
+        forward, asked, lambda group: (len(group[0]), longest(group)), batch_of, batch_size, mesh
+    )
     return [row[: len(group[1])] for row, group in zip(found, asked, strict=True)]
 
 
@@ -46,7 +48,11 @@ def sequences(
     def batch_of(chosen, size):
         T = _bucket(max(len(ids) for ids, _ in chosen))
         rows = [*chosen, *chosen[-1:] * (size - len(chosen))]
-        ids, mask, types = np.full((size, T), pad_id, np.int32), np.zeros((size, T), np.int32), np.zeros((size, T), np.int32)
+        ids, mask, types = (
+            np.full((size, T), pad_id, np.int32),
+            np.zeros((size, T), np.int32),
+            np.zeros((size, T), np.int32),
+        )
         for i, (one, of_type) in enumerate(rows):
             ids[i, : len(one)], mask[i, : len(one)], types[i, : len(one)] = one, 1, of_type
         return ids, mask, types

@@ -19,7 +19,7 @@ QUESTION = "\n\n Which response is better? RESPONSE"
 
 
 class SteamSHP:
-    least = 2
+    least = 1
 
     def __init__(self, path: str, *, max_tokens: int = 512, batch_size: int = 8, mesh=None):
         """
@@ -52,15 +52,24 @@ class SteamSHP:
         self._remembered = Remembered(answer)
 
     def score(self, prompts, completions) -> np.ndarray:
-        """The mean probability, over the others of its prompt, of being called better; both orders averaged."""
+        """The mean probability, over the others of its prompt, of being called better; both orders averaged.
+
+        A completion without others is compared with a full stop, as the model card does it.
+        """
+        if len(completions[0]) == 1:
+            asked = [(prompt, text, ".") for prompt, (text,) in zip(prompts, completions, strict=True)]
+            return self._remembered(asked).reshape(-1, 1)
         return comparing.against_the_others(self._remembered, prompts, completions, even=0.5)
 
     def _input(self, prompt, first, second):
         plain, most = self._tokenizer.plain, self._max_tokens
+        # Texts without line ends, as the model was trained on.
+        post, first, second = (" ".join(text.split()) for text in (readable(prompt), first, second))
         first, second = (
-            plain(f"\n\n RESPONSE {name}: {text}")[: most // 3] for name, text in (("A", first), ("B", second))
+            plain(f"\n\n RESPONSE {name}: {text}")[: most // 3]
+            for name, text in (("A", first), ("B", second))
         )
         rest = [*first, *second, *plain(QUESTION), self._tokenizer.eos_id]
-        post = plain(f"POST: {readable(prompt)}")
+        post = plain(f"POST: {post}")
         ids = [*post[max(0, len(post) - (most - len(rest))) :], *rest]
         return ids, [0] * len(ids)
