@@ -59,14 +59,39 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         num_pairs=512,
         batch_size=32,  # prompts; two completions each
         coin_scale=5.0,  # P(the first is chosen) = sigmoid(coin_scale * difference in gold)
+        # Of other feedback than pairs, made for reward_model.kind from as many samples with as much noise.
+        ranking_size=4,  # completions a ranking
+        accept_above=0.0,  # gold reward of a completion that is accepted half of the time
+        aspects=("sentiment", "length:target=12", "length:target=4"),  # that multi_objective has rated
+        missing_ratings=0.2,  # fraction of those that is left out
     )
     config.sft = stage(steps=60, batch_size=16, learning_rate=1e-4)
     # Length in tokens of the rows into which examples are packed; batch_size then counts rows. 0: no packing.
     config.sft.packed_tokens = 0
     config.reward_model = stage(steps=64, batch_size=8, learning_rate=3e-4)
     config.reward_model.update(
-        loss="logsigmoid",  # or logexp
-        center_coeff=0.01,  # pulls the mean of chosen and rejected to 0
+        # pairwise, token_level (a value at every token), ranking (K ways), classification (accepted or not), regression
+        # (a rating), multi_objective (several, and a gate that weighs them): training/algorithms/reward_models.py.
+        kind="pairwise",
+        loss="logsigmoid",  # of pairs; or logexp
+        center_coeff=0.01,  # of pairs and rankings: pulls the mean of chosen and rejected to 0
+        margin_coeff=0.0,  # of pairs: score that a unit of difference in their ratings asks for
+        label_smoothing=0.0,  # of pairs and classification: the chance that a label is wrong
+        classification_reward="logit",  # or probability, of being accepted
+        huber_delta=0.0,  # of regression: deviations of the ratings at which the square turns linear; 0: nowhere
+        aspects=(),  # of ratings: names of those to learn; empty: all
+        ranking_loss="plackett_luce",  # or pairs: all of a ranking
+        gate_steps=64,  # of multi_objective, as all that follows
+        gate_learning_rate=1e-3,
+        gate_width=64,  # of its hidden layers
+        gate_layers=1,
+        gate_temperature=10.0,  # of the softmax over aspects
+        gate_preferences="",  # pairs; empty: what the stage `preferences` made, or pairs of the ratings
+        verbosity="tokens",  # what every aspect is freed of: the number of tokens, an aspect, or nothing
+        decorrelation="spearman",  # or pearson: the correlation with it that vanishes
+        members=1,  # of an ensemble: as many reward models of other seeds
+        combine="mean_std",  # their scores: mean - spread_coeff * deviation; or mean_variance, worst
+        spread_coeff=1.0,
         layers=0,  # of the base that it uses, from the first; 0: all
         pooling="last",  # the head reads the state at the end token; mean: the mean state of the completion
     )

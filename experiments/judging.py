@@ -8,8 +8,9 @@ from rlhf_jax.evaluation import best_of_n, curves, report, reward_quality, side_
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import rules
-from rlhf_jax.training import preferences
+from rlhf_jax.training import feedback
 from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training.reward_stage import HeldOut
 from rlhf_jax.training.scoring import Rewards
 from rlhf_jax.training.workdir import write_json
 
@@ -91,25 +92,45 @@ def side_by_side_and_report(run) -> None:
     curves.save_summary_png(run.workdir)
 
 
-def judge_reward_model(run, train_pairs, held_out, scores) -> None:
-    """reward_model.json from the scores of the held-out pairs, with their gold rewards where the data has them."""
-    if not np.isfinite(scores).all():
+def judge_reward_model(run, found: HeldOut) -> None:
+    """reward_model.json from what the model says of held-out records."""
+    finite = np.isfinite(found.pairs)
+    if not finite.all():
         raise NumericsError(
-            f"the reward model gives {np.size(scores) - np.isfinite(scores).sum()} of {np.size(scores)} held-out "
-            "completions a score that is not finite. Lower config.reward_model.optimizer.learning_rate, or look at the "
-            "base model."
+            f"the reward model gives {finite.size - finite.sum()} of {finite.size} held-out completions a score that "
+            "is not finite. Lower config.reward_model.optimizer.learning_rate, or look at the base model."
         )
-    rows = [pair.row.fields for pair in held_out]
-    gold = ceiling = None
-    if all("gold_0" in row and "gold_1" in row for row in rows):
-        gold = [[row[f"gold_{row['choice']}"], row[f"gold_{1 - row['choice']}"]] for row in rows]
-        ceiling = preferences.ceiling(rows, run.config.preferences.coin_scale)
-    found = reward_quality.quality(scores, gold, ceiling, train_pairs=len(train_pairs))
-    write_json(run.path("reward_model.json"), found)
-    told = f"held-out accuracy {found['accuracy']:.3f} on {len(rows)} pairs"
+    gold, ceiling = found.gold, None
+    if not len(found.pairs):
+        write_json(run.path("reward_model.json"), {"kind": found.kind, "own": found.figures})
+        run.console.note(
+            f"reward_model: no prompt has two held-out completions to compare; its own figures: {_told(found.figures)}"
+        )
+        return
     if gold is not None:
-        told += f" (label noise allows {ceiling:.3f}); agrees with the gold reward on {found['gold_accuracy']:.3f}"
+        ceiling = feedback.ceiling(gold, run.config.preferences.coin_scale)
+    quality = reward_quality.quality(found.pairs, gold, ceiling, train_pairs=found.train_records)
+    write_json(run.path("reward_model.json"), quality | {"kind": found.kind, "own": found.figures})
+    told = f"held-out accuracy {quality['accuracy']:.3f} on {len(found.pairs)} pairs"
+    if gold is not None:
+        told += f" (label noise allows {ceiling:.3f}); agrees with the gold reward on "
+        told += "none" if quality["gold_accuracy"] is None else f"{quality['gold_accuracy']:.3f}"
+    if found.figures:
+        told += f"; {_told(found.figures)}"
     run.console.note(f"reward_model: {told}")
+
+
+def _told(figures: dict) -> str:
+    """Nested figures on one line."""
+    parts = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            parts.append(f"{name} ({_told(value)})")
+        else:
+            values = value if isinstance(value, list) else [value]
+            shown = (f"{x:.3f}" if isinstance(x, float) else str(x) for x in values)
+            parts.append(f"{name} {', '.join(shown)}")
+    return "; ".join(parts)
 
 
 def judged_stage(run) -> str | None:

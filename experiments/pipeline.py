@@ -78,7 +78,7 @@ def read_data(run: Run, todo: list[str]) -> None:
             examples(run, key)
     if data.preferences:
         if "reward_model" in todo:
-            stages.preference_pairs(run)
+            stages.reward_records(run)
         for stage in set(preference.ROWS) & set(todo):
             stages.judgements(run, stage)
     online = online_stages(todo)

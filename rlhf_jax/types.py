@@ -34,6 +34,9 @@ class GroupedBatch:
     soft_labels: jax.Array | None = (
         None  # [B] float32, probability that completion 0 of a pair is the better, or that a single one is accepted
     )
+    margins: jax.Array | None = None  # [B] float32, how much better completion 0 of a pair was rated
+    targets: jax.Array | None = None  # [B, G, K] float32, labels or ratings of a completion, to be predicted
+    target_mask: jax.Array | None = None  # [B, G, K] float32, 0 where there is none
     ref_prompt_mask: jax.Array | None = None  # [B, P] int32: what of a prompt the reference reads; None: all
 
 

@@ -80,7 +80,15 @@ def test_code_is_safe_and_files_are_opened_where_they_should_be(path):
 
 
 def test_only_training_run_and_stages_read_the_config_object():
-    readers = ("run.py", "stages.py", "online.py", "offline.py", "preferences.py", "checks.py")
+    readers = (
+        "run.py",
+        "stages.py",
+        "online.py",
+        "offline.py",
+        "preferences.py",
+        "checks.py",
+        "reward_stage.py",
+    )
     for path in FILES:
         if "ConfigDict" in path.read_text() or "run.config." in path.read_text():
             assert room_of(path) == "training" and path.name in readers, path

@@ -1,8 +1,10 @@
 """A finished role on disk: roles/NAME/ with its adapter in PEFT's format, its own weights in Hugging Face's, its head
-in safetensors, and role.json with what else belongs to it. Written whole or not at all.
+and gate in safetensors, and role.json with what else belongs to it, how a score is read among it; the members of an
+ensemble each in a directory of its own. Written whole or not at all.
 
 Later stages, evaluation and export read these, so none of them needs the optimizer's checkpoint."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,9 +17,11 @@ from rlhf_jax.checkpoints import huggingface, peft
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.readout import Readout
 from rlhf_jax.models.roles import Role, shallower
 
-META, HEAD = "role.json", "head.safetensors"
+META, HEAD, GATE = "role.json", "head.safetensors", "gate.safetensors"
+MEMBER = "member_{}"
 
 
 def exists(path: str) -> bool:
@@ -37,12 +41,15 @@ def save_role(
         peft.save_adapter(fresh, role.adapter, lora)
     if role.base is not None:
         huggingface.save_llama(fresh, config, role.base, tokenizer)
-    if role.head is not None:
-        save_file(
-            {name: np.asarray(jax.device_get(x)) for name, x in role.head.items()}, os.path.join(fresh, HEAD)
-        )
+    for part, file in ((role.head, HEAD), (role.gate, GATE)):
+        if part is not None:
+            arrays = {name: np.asarray(jax.device_get(x)) for name, x in part.items()}
+            save_file(arrays, os.path.join(fresh, file))
+    for number, member in enumerate(role.members):
+        save_role(os.path.join(fresh, MEMBER.format(number)), member, config, lora, tokenizer, {})
     with open(os.path.join(fresh, META), "w", encoding="utf-8") as file:
         own = {"depth": role.depth, "pooling": role.pooling, "parts": parts_of(role)}
+        own |= {"readout": dataclasses.asdict(role.readout), "members": len(role.members)}
         json.dump(meta | own, file, indent=1)
     shutil.rmtree(path, ignore_errors=True)
     os.rename(fresh, path)
@@ -50,7 +57,7 @@ def save_role(
 
 def parts_of(role: Role) -> list[str]:
     """What is written of it: none of these may be missing when it is read."""
-    held = {"adapter": role.adapter, "base": role.base, "head": role.head}
+    held = {"adapter": role.adapter, "base": role.base, "head": role.head, "gate": role.gate}
     return [name for name, part in held.items() if part is not None]
 
 
@@ -60,7 +67,7 @@ def load_role(path: str, config: LlamaConfig, dtype=jnp.float32) -> tuple[Role, 
 
     if not exists(path):
         raise InputError(f"{path} holds no finished role; run the stage that makes it first.")
-    adapter = lora = head = base = None
+    adapter = lora = head = base = gate = None
     try:
         with open(os.path.join(path, META), encoding="utf-8") as file:
             meta = json.load(file)
@@ -69,8 +76,18 @@ def load_role(path: str, config: LlamaConfig, dtype=jnp.float32) -> tuple[Role, 
             adapter, lora = peft.load_adapter(path, shallower(config, depth))
         if "base" in parts:
             _, base = huggingface.load_llama(path, dtype)
+        arrays = lambda file: {n: jnp.asarray(x) for n, x in load_file(os.path.join(path, file)).items()}
         if "head" in parts:
-            head = {name: jnp.asarray(x) for name, x in load_file(os.path.join(path, HEAD)).items()}
+            head = arrays(HEAD)
+        if "gate" in parts:
+            gate = arrays(GATE)
+        # Roles written before there were others are read as plain scores.
+        readout = Readout(**meta.get("readout", {}))
+        members = [
+            load_role(os.path.join(path, MEMBER.format(n)), config, dtype)
+            for n in range(meta.get("members", 0))
+        ]
+        lora = members[0][1] if members else lora
     except InputError:
         raise
     except Exception as error:  # of JSON, safetensors and the file system
@@ -78,4 +95,8 @@ def load_role(path: str, config: LlamaConfig, dtype=jnp.float32) -> tuple[Role, 
             f"{path}: a finished role that cannot be read ({type(error).__name__}: {error}). Delete this directory and "
             "run again: the stage ends at once from its last checkpoint."
         ) from None
-    return Role(adapter, head, base, depth, pooling), lora, meta
+    return (
+        Role(adapter, head, base, depth, pooling, gate, tuple(m for m, _, _ in members), readout),
+        lora,
+        meta,
+    )

@@ -1,4 +1,4 @@
-"""Scalar heads on hidden states: a reward or a value a token.
+"""Heads on hidden states: a reward or a value a token, or several numbers (classes, aspects).
 
 Knows the width of the decoder and nothing else."""
 
@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 
 
-def init_reward(rng, width: int) -> dict:
-    """kernel [D] ~ N(0, 1/sqrt(D+1)), bias 0: OpenAI's code (the paper's 1/(D+1) is a misprint of it)."""
+def init_reward(rng, width: int, outputs: int | None = None) -> dict:
+    """kernel [D], or [D, K] for K outputs, ~ N(0, 1/sqrt(D+1)), bias 0: OpenAI's code (the paper's 1/(D+1) is a
+    misprint of it)."""
+    more = () if outputs is None else (outputs,)
     return {
-        "kernel": jax.random.normal(rng, (width,), jnp.float32) * (width + 1) ** -0.5,
-        "bias": jnp.zeros(()),
+        "kernel": jax.random.normal(rng, (width, *more), jnp.float32) * (width + 1) ** -0.5,
+        "bias": jnp.zeros(more),
     }
 
 
@@ -20,8 +22,11 @@ def init_value(width: int) -> dict:
 
 
 def apply(head: dict, hidden) -> jax.Array:
-    """[..., D] -> [...] float32, reward units."""
-    return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
+    """[..., D] -> [...] float32, reward units; with a kernel [D, K] -> [..., K]."""
+    if head["kernel"].ndim == 1:
+        return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
+    found = jnp.einsum("...d,dk->...k", hidden.astype(jnp.float32), head["kernel"])
+    return found + jnp.broadcast_to(head["bias"], found.shape)
 
 
 def normalised(head: dict, mean, std) -> dict:
@@ -30,4 +35,5 @@ def normalised(head: dict, mean, std) -> dict:
 
 
 def logical_axes(head: dict) -> dict:
-    return {"kernel": ("norm",), "bias": ()}
+    """Of a head, or of any other few arrays beside a decoder: nothing is split."""
+    return {name: ("norm",) + (None,) * (x.ndim - 1) if x.ndim else () for name, x in head.items()}

@@ -1,7 +1,8 @@
 """Roles: what one frozen base does with an optional adapter and an optional head.
 
 The reference is the empty role; a policy, a value or a reward is an adapter, a head, or both; full fine-tuning is a
-role with weights of its own. Returns hidden states, values and scores; what they are worth is for losses to say."""
+role with weights of its own; an ensemble is a role whose members are roles. Returns hidden states, values and scores;
+what they are worth is for losses to say."""
 
 import dataclasses
 
@@ -9,19 +10,25 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import heads
+from rlhf_jax.models import heads, readout
 from rlhf_jax.models.llama import Llama, LlamaConfig
 from rlhf_jax.models.lora import Adapter
+from rlhf_jax.models.readout import Readout
 from rlhf_jax.types import GroupedBatch
 
 
 @flax.struct.dataclass
 class Role:
     adapter: Adapter | None = None
-    head: dict | None = None  # {"kernel": [D], "bias": []}
+    head: dict | None = (
+        None  # {"kernel": [D], "bias": []}, or with K outputs; of an ensemble models/readout.py's
+    )
     base: dict | None = None  # weights of its own; None reads the run's frozen base
     depth: int | None = flax.struct.field(pytree_node=False, default=None)  # layers it uses; None: all
     pooling: str = flax.struct.field(pytree_node=False, default="last")  # where a score is read: last or mean
+    gate: dict | None = None  # what weighs the outputs of the head, by the prompt
+    members: tuple["Role", ...] = ()  # of an ensemble, which has no adapter and no weights beside theirs
+    readout: Readout = flax.struct.field(pytree_node=False, default=Readout())  # how outputs become a score
 
     def params(self, frozen_base: dict) -> dict:
         return frozen_base if self.base is None else self.base
@@ -61,19 +68,52 @@ def predicting_states(model: Llama, frozen_base: dict, role: Role, batch: Groupe
 
 
 def scores(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
-    """[B, G] float32, the head on one state a completion.
+    """[B, G] float32, the head on one state a completion, read as role.readout says; of an ensemble, of all members.
 
     pooling "last": at the last real completion token (at the prompt's, if there is none); "mean": on the mean state
     of the completion's tokens, which finds what single words carry with far fewer labels.
     """
+    if role.members:
+        return scores_and_disagreement(model, frozen_base, role, batch)[0]
+    return scores_and_outputs(model, frozen_base, role, batch)[0]
+
+
+def scores_and_outputs(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
+    """(scores [B, G], what the head puts out [B, G, K]; K is 1 of a head that gives the score itself)."""
     hidden = states(model, frozen_base, role, batch)
+    outputs = heads.apply(role.head, pooled(role, hidden, batch))
+    if outputs.ndim == 2:
+        return outputs, outputs[..., None]
+    tokens = batch.completion_mask.sum(-1)
+    return readout.score(role.readout, outputs, role.head, role.gate, hidden[:, 0, 0], tokens), outputs
+
+
+def scores_and_values(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
+    """(scores [B, G], the head at every completion token [B, G, R]: at pads too, which read what is real)."""
+    hidden = states(model, frozen_base, role, batch)
+    return heads.apply(role.head, pooled(role, hidden, batch)), heads.apply(role.head, hidden[:, :, 1:])
+
+
+def scores_and_disagreement(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
+    """(scores, deviation between the members), both [B, G], in deviations of a member's scores in training."""
+    one = lambda member: scores(model, frozen_base, member, batch)
+    if any(member.base is not None for member in role.members):
+        found = jnp.stack(
+            [one(member) for member in role.members]
+        )  # whole weights are not copied side by side
+    else:  # one program for all; one after the other, so that no more activations are held than of one
+        found = jax.lax.map(one, jax.tree.map(lambda *x: jnp.stack(x), *role.members))
+    return readout.combined(role.readout, found, role.head)
+
+
+def pooled(role: Role, hidden, batch: GroupedBatch):
+    """[B, G, D], the state that a score is read from."""
     length = batch.completion_mask.sum(-1)
     if role.pooling == "mean":
         inside = batch.completion_mask[..., None] > 0
         total = jnp.where(inside, hidden[:, :, 1:].astype(jnp.float32), 0.0).sum(2)
-        return heads.apply(role.head, total / jnp.maximum(length, 1)[..., None])
-    at_end = jnp.take_along_axis(hidden, length[:, :, None, None], axis=2)[:, :, 0]
-    return heads.apply(role.head, at_end)
+        return total / jnp.maximum(length, 1)[..., None]
+    return jnp.take_along_axis(hidden, length[:, :, None, None], axis=2)[:, :, 0]
 
 
 def shallower(config: LlamaConfig, depth: int | None) -> LlamaConfig:

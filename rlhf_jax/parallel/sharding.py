@@ -94,9 +94,12 @@ def module_shardings(module: nn.Module, mesh: Mesh, num_inputs: int = 2):
 def role_shardings(role: Role, config: LlamaConfig, mesh: Mesh) -> Role:
     """NamedShardings of a role: adapters split as the kernels they stand beside."""
     adapter = None if role.adapter is None else named(lora.logical_axes(role.adapter), role.adapter, mesh)
-    head = None if role.head is None else named(heads.logical_axes(role.head), role.head, mesh)
+    small = lambda part: None if part is None else named(heads.logical_axes(part), part, mesh)
     base = None if role.base is None else llama_shardings(config, mesh)
-    return role.replace(adapter=adapter, head=head, base=base)
+    members = tuple(role_shardings(member, config, mesh) for member in role.members)
+    return role.replace(
+        adapter=adapter, head=small(role.head), base=base, gate=small(role.gate), members=members
+    )
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, trained, shardings, mesh: Mesh):

@@ -21,4 +21,15 @@ def score(
     A completion cut at its length limit is scored with an end token after it: the text is what counts; what a
     missing end costs is the algorithm's rule, not the reward model's guess.
     """
-    return (roles.scores(model, base, role, roles.end_with(batch, eos_ids[0], eos_ids)) - mean) / std
+    return score_and_disagreement(model, base, role, batch, eos_ids, mean, std)[0]
+
+
+def score_and_disagreement(model: Llama, base: dict, role: roles.Role, batch, eos_ids, mean=0.0, std=1.0):
+    """(score, deviation between the members of an ensemble [B, G] in the same unit; None of a single model)."""
+    ended, disagreement = roles.end_with(batch, eos_ids[0], eos_ids), None
+    if role.members:
+        scores, disagreement = roles.scores_and_disagreement(model, base, role, ended)
+        disagreement = disagreement / std
+    else:
+        scores = roles.scores(model, base, role, ended)
+    return (scores - mean) / std, disagreement

@@ -6,7 +6,7 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.rewards import rules
 from rlhf_jax.training import scoring
-from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training.algorithms import ALGORITHMS, reward_models
 from rlhf_jax.training.run import settings_of
 from rlhf_jax.training.wandb_writer import check_installed
 
@@ -17,16 +17,17 @@ POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_min
             "clip_low", "clip_high", "beta", "discopop_tau", "timeout_seconds", "kl_horizon", "max_kl",
             "head_multiplier", "num_beams", "repetition_penalty", "max_kl_per_token", "cg_iterations",
             "cg_tolerance", "backtrack_factor", "n_step", "reference_sync_mix", "kl_budget_rate", "keep",
-            "num_quantiles", "pool_size", "best_of")  # fmt: skip
+            "num_quantiles", "pool_size", "best_of", "members", "gate_steps",
+            "gate_learning_rate", "gate_width", "gate_layers", "gate_temperature")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps",
                 "weight_decay", "clip_norm", "value_coeff", "ptx_coeff", "stop_approx_kl",
                 "clip_epsilon_high", "entropy_coeff", "reward_clip", "dual_clip", "ratio_clip",
                 "center_coeff", "eval_every_steps", "held_out_prompts", "held_out_pairs", "vocab_chunk",
                 "min_new_tokens", "num_samples", "keep_best", "layers", "packed_tokens", "cg_damping",
                 "backtrack_steps", "max_refills", "overlong_buffer_tokens", "overlong_penalty",
-                "reference_sync_steps", "reference_steps")  # fmt: skip
+                "reference_sync_steps", "reference_steps", "margin_coeff", "huber_delta", "spread_coeff")  # fmt: skip
 FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p", "min_p", "label_smoothing",
-            "backtrack_factor", "accept_ratio")  # fmt: skip
+            "backtrack_factor", "accept_ratio", "missing_ratings")  # fmt: skip
 CHOICES = {
     "schedule": ("linear", "cosine", "constant"),
     "train": ("lora", "full"),
@@ -41,7 +42,7 @@ CHOICES = {
     "prompt_overflow": ("truncate_left", "error", "drop"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "float16"),
-}
+} | reward_models.CHOICES
 
 
 def check_config(config, known_stages) -> None:
@@ -82,6 +83,10 @@ def check_config(config, known_stages) -> None:
             _check_stage(name, config[name])
             if ALGORITHMS[name].online:
                 _check_rollouts(name, config)
+    if "preferences" in config.stages and config.preferences.ranking_size < 2:
+        raise InputError(
+            f"config.preferences.ranking_size is {config.preferences.ranking_size}; expected 2 or more completions."
+        )
     longest = config.data.prompt_tokens + config.data.completion_tokens + 1
     if "sft" in config.stages and 0 < config.sft.packed_tokens < longest:
         raise InputError(
@@ -132,6 +137,13 @@ def _check_stage(name, section):
 
 
 def _check_rollouts(name, config):
+    if "reward_model" in config.stages and "value" in config[name] and config[name].value == "reward":
+        settings = settings_of("reward_model", config.reward_model)
+        if not settings.linear:
+            raise InputError(
+                f"config.{name}.value is 'reward', and config.reward_model (kind {settings.kind!r}, members "
+                f"{settings.members}) has no linear head to start a value from; expected own or shared."
+            )
     buffer, longest = config[name].overlong_buffer_tokens, config.data.completion_tokens
     if buffer > longest:
         raise InputError(

@@ -129,15 +129,15 @@ class Collector:
 
     def score(self, state, chosen, batch):
         """(rewards [B, G], metrics of their components)."""
-        scores, controllers = None, state.controllers
+        scores, told, controllers = None, {}, state.controllers
         if self.rewards.learned:
             mean, std = controllers["reward_mean"], controllers["reward_std"]
-            scores = self.scorer(self.run.base, self.reward, batch, mean, std)
+            scores, told = self.scorer(self.run.base, self.reward, batch, mean, std)
         if self.rewards.plain:
-            return scores, {}
+            return scores, told
         texts = rollout.texts(self.run.tokenizer, batch)
         total, metrics = self.rewards.total(scores, [prompt for prompt, _ in chosen], texts, batch.weights)
-        return self.run.put(np.asarray(total)), metrics
+        return self.run.put(np.asarray(total)), metrics | told
 
     def rows(self, chosen, batch):
         """(host metrics, one row a prompt for completions/STAGE.jsonl). Waits for the device."""

@@ -3,31 +3,63 @@
 Knows no algorithm: it reads the table. What comes out of the loop is left in roles/STAGE."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from rlhf_jax.data import batching, formats, packing
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import roles
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.training import reference as references
 from rlhf_jax.training import state as states
-from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training.algorithms import ALGORITHMS, Algorithm
 from rlhf_jax.training.loop import StepOutput, train
 from rlhf_jax.training.run import Run, all_dropped, announce, optimizer_of, resumable, settings_of
 from rlhf_jax.training.update import make_update
 from rlhf_jax.types import GroupedBatch
 
 
-def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict, packed_tokens: int = 0):
-    """Train on (prompt ids, completions' ids) groups, or such pairs with a soft label. Returns held-out scores [N, G],
-    if a reward is trained.
+def offline(
+    run: Run, name: str, records, held_out, trained: dict, frozen: dict, packed_tokens: int = 0
+) -> None:
+    """A whole stage on (prompt ids, completions' ids) groups; leaves roles/NAME.
 
     packed_tokens: 0, or the length of the rows into which groups of one completion are packed; a batch then holds
       `batch_size` rows.
     """
-    section, algorithm = run.config[name], ALGORITHMS[name]
+    role, step, _ = fit(run, name, records, held_out, trained, frozen, packed_tokens=packed_tokens)
+    run.save_role(name, role, {"step": step})
+
+
+def fit(
+    run: Run,
+    name: str,
+    records,
+    held_out,
+    trained: dict,
+    frozen: dict,
+    *,
+    packed_tokens: int = 0,
+    section=None,
+    algorithm: Algorithm | None = None,
+    log_as: str = "",
+    member: int = 0,
+    read: Callable | None = None,
+    judge: Callable = lambda readings: {},
+):
+    """Train on groups, as `encode_groups` makes them.
+
+    Args:
+      section, algorithm: of the stage; None: those of its name.
+      log_as: what checkpoints and metrics are called; empty: the stage's name.
+      member: of an ensemble; each sees the records in an order of its own.
+      read: (trained, frozen, batch) -> arrays [B, ...] to keep of the held-out records; None: nothing.
+      judge: what `read` gave of all held-out records -> metrics of these.
+    Returns: (the trained role, its steps, what `read` gave [N, ...] on the host; None without records or `read`).
+    """
+    section = run.config[name] if section is None else section
+    algorithm, log_as = algorithm or ALGORITHMS[name], log_as or name
     network, settings = run.network(), settings_of(name, section)
     objective = functools.partial(algorithm.objective, settings, network)
     what = f"{len(records)} records"
@@ -38,14 +70,17 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict,
         what += f" in {len(records)} rows of {packed_tokens} tokens, {full:.1%} full"
     else:
         lengths = longest([*records, *held_out])
-    data = resumable(run, records, section.batch_size, lengths)
+        candidates = most_completions([*records, *held_out])
+    data = resumable(run, records, section.batch_size, lengths, member)
 
     def make_batch(chosen, batch_size=None):
         if packed_tokens:
             return packing.batch(
                 chosen, row_tokens=packed_tokens, pad_id=run.tokenizer.pad_id, batch_size=batch_size
             )
-        return grouped(chosen, batch_size, lengths=lengths, pad_id=run.tokenizer.pad_id)
+        return grouped(
+            chosen, batch_size, lengths=lengths, pad_id=run.tokenizer.pad_id, candidates=candidates
+        )
 
     fingerprint, ref_logprobs = data.fingerprint(), {}
     if settings.reference == "cached":
@@ -77,10 +112,7 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict,
     @jax.jit
     def measure(trained, frozen, batch):
         loss, (weight, metrics) = objective(trained, frozen, {}, batch, jax.random.key(0))
-        scores = None
-        if "reward" in trained:
-            scores = roles.scores(network.model, frozen["base"], trained["reward"], batch)
-        return weight, {"loss": loss} | metrics, scores
+        return weight, {"loss": loss} | metrics, None if read is None else read(trained, frozen, batch)
 
     def held_out_pass(state):
         parts, size = [], section.batch_size
@@ -94,21 +126,27 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict,
             parts.append(jax.device_get(measure(state.trained, given, run.put(batch))))
         return parts
 
+    def readings(parts):
+        if read is None or not parts:
+            return None
+        return jax.tree.map(lambda *x: np.concatenate(x)[: len(held_out)], *(part[2] for part in parts))
+
     def evaluate(state):
         parts = held_out_pass(state)
         total = sum(float(weight) for weight, _, _ in parts)
         names = parts[0][1] if parts else ()
-        return {
+        means = {
             n: sum(float(weight * metrics[n]) for weight, metrics, _ in parts) / max(total, 1) for n in names
         }
+        return means | (judge(readings(parts)) if parts else {})
 
     with meshes.activate(run.mesh):
         state = states.create(
-            trained, optimizer, run.rng(name), {}, run.model.config, run.mesh, reference=follower
+            trained, optimizer, run.rng(name, member), {}, run.model.config, run.mesh, reference=follower
         )
-        announce(run, name, trained, f"{what}, {section.batch_size} a step")
+        announce(run, log_as, trained, f"{what}, {section.batch_size} a step")
         state = train(
-            name,
+            log_as,
             state,
             step,
             total_steps=section.steps,
@@ -121,10 +159,26 @@ def offline(run: Run, name: str, records, held_out, trained: dict, frozen: dict,
             eval_every_steps=section.eval_every_steps,
             best_metric="eval/accuracy" if name == "reward_model" else None,
         )
-        scores = [part[2] for part in held_out_pass(state)] if "reward" in trained else []
+        found = readings(held_out_pass(state)) if read is not None else None
     (role,) = (state.trained[n] for n in algorithm.trains)
-    run.save_role(name, role, {"step": int(state.step)})
-    return np.concatenate(scores)[: len(held_out)] if scores else None
+    return role, int(state.step), found
+
+
+def read_all(run: Run, records, batch_size: int, read: Callable):
+    """What read(batch) -> arrays [B, ...], jitted, gives of each record, on the host: [N, ...]."""
+    lengths, candidates = longest(records), most_completions(records)
+    parts = []
+    with meshes.activate(run.mesh):
+        for i in range(0, len(records), batch_size):
+            batch = grouped(
+                records[i : i + batch_size],
+                batch_size,
+                lengths=lengths,
+                pad_id=run.tokenizer.pad_id,
+                candidates=candidates,
+            )
+            parts.append(jax.device_get(read(run.put(batch))))
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(records)], *parts)
 
 
 def examples(run: Run, key: str) -> list[tuple]:
@@ -139,34 +193,29 @@ def examples(run: Run, key: str) -> list[tuple]:
     )
 
 
-def encode_groups(run: Run, groups, packed_tokens: int = 0) -> list[tuple[list[int], list[list[int]]]]:
-    """(prompt, completions as text, row or nothing, more) -> (prompt ids, ids of each completion, ended by an end
-    token, the same more).
+def encode_groups(run: Run, groups, packed_tokens: int = 0) -> list[tuple]:
+    """(prompt, completions as text, row or nothing, arrays beside them or nothing) -> (prompt ids, ids of each
+    completion, ended by an end token, the same arrays). A group whose prompt config.data drops gives none.
 
     A single completion of an empty prompt is plain text: it is cut into pieces that fill a row of `packed_tokens`, or
     (0) a prompt of one token and the longest completion.
     """
-    data, encoded = run.config.data, []
-    for prompt, completions, *more in groups:
-        if prompt == "":
-            ids = run.tokenizer.encode_text(*completions)
-            encoded += packing.pieces(ids, packed_tokens or data.completion_tokens + 2)
-            continue
-        ids = run.encode_prompt(prompt, *more[:1])
-        if ids is not None:
-            encoded.append(
-                (
-                    ids,
-                    [
-                        run.tokenizer.encode_completion(c, data.completion_tokens + 1, allow_truncation=True)
-                        for c in completions
-                    ],
-                    *more[1:],
-                )
-            )
+    encoded = [one for group in groups for one in encode_group(run, *group, packed_tokens=packed_tokens)]
     if groups and not encoded:
-        raise InputError(all_dropped(len(groups), data.prompt_tokens))
+        raise InputError(all_dropped(len(groups), run.config.data.prompt_tokens))
     return encoded
+
+
+def encode_group(run: Run, prompt, completions, *more, packed_tokens: int = 0) -> list[tuple]:
+    """See encode_groups."""
+    longest = run.config.data.completion_tokens + 1
+    if prompt == "":
+        return packing.pieces(run.tokenizer.encode_text(*completions), packed_tokens or longest + 1)
+    ids = run.encode_prompt(prompt, *more[:1])
+    if ids is None:
+        return []
+    encode = lambda text: run.tokenizer.encode_completion(text, longest, allow_truncation=True)
+    return [(ids, [encode(text) for text in completions], *(x for x in more[1:] if x))]
 
 
 def longest(records) -> tuple[int, int]:
@@ -174,18 +223,42 @@ def longest(records) -> tuple[int, int]:
     return max(len(record[0]) for record in records), max(len(c) for record in records for c in record[1])
 
 
-def grouped(records, batch_size: int | None = None, *, lengths: tuple[int, int], pad_id: int) -> GroupedBatch:
-    """Records, all with or all without a soft label, as one batch; filled up to `batch_size` with rows of weight 0."""
-    prompts, completions, *labels = zip(*records, strict=True)
+def most_completions(records) -> int:
+    return max(len(record[1]) for record in records)
+
+
+# What rows of weight 0 have in the arrays beside the tokens.
+FILL = {"soft_labels": 1.0}
+
+
+def grouped(
+    records,
+    batch_size: int | None = None,
+    *,
+    lengths: tuple[int, int],
+    pad_id: int,
+    candidates: int | None = None,
+) -> GroupedBatch:
+    """Records, all with or all without arrays beside them, as one batch; filled up to `batch_size` with rows of weight
+    0, and each record to `candidates` completions with empty ones of weight 0."""
+    prompts, completions, *more = zip(*records, strict=True)
+    counts = [len(one) for one in completions]
+    candidates = candidates or max(counts)
     batch = batching.group(
         prompts,
-        completions,
+        [[*one, *[[]] * (candidates - len(one))] for one in completions],
         prompt_length=lengths[0],
         completion_length=lengths[1],
         pad_id=pad_id,
         batch_size=batch_size,
     )
-    if labels:
-        missing = batch.prompt_ids.shape[0] - len(records)
-        batch = batch.replace(soft_labels=np.pad(np.float32(labels[0]), (0, missing), constant_values=1.0))
-    return batch
+    for row, count in enumerate(counts):
+        batch.weights[row, count:] = 0.0
+    arrays = {}
+    for name in more[0][0] if more else ():
+        parts = [np.asarray(one[name], np.float32) for one in more[0]]
+        shape = (candidates, *parts[0].shape[1:]) if parts[0].ndim else ()
+        arrays[name] = np.full((len(batch.prompt_ids), *shape), FILL.get(name, 0.0), np.float32)
+        for row, part in enumerate(parts):
+            arrays[name][(row, slice(len(part))) if part.ndim else row] = part
+    return batch.replace(**arrays)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.data import batching
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import heads
+from rlhf_jax.models import heads, readout
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
@@ -204,7 +204,9 @@ def first_value(run: Run, section, rng, reward: Role | None) -> Role:
             raise InputError(
                 "config.ppo.value is 'reward', but config.rewards.components has no 'learned' to start from."
             )
-        return jax.tree.map(lambda x: jnp.array(x, copy=True), reward.replace(pooling="last"))
+        head = readout.linear_head(reward.readout, reward.head)
+        value = reward.replace(pooling="last", head=head, readout=readout.Readout())
+        return jax.tree.map(lambda x: jnp.array(x, copy=True), value)
     head = heads.init_value(run.model.config.hidden_size)
     if section.value == "shared":
         return Role(head=head)

@@ -1,11 +1,10 @@
-"""Preferences with a known truth: two samples a prompt from the base, labelled by a gold reward through a coin.
+"""Preferences with a known truth: samples of the base, judged by a gold reward through noise (feedback.py).
 
-P(first chosen) = sigmoid(coin_scale * (gold of the first - gold of the second)), as in Gao et al. 2022, "Scaling laws
-for reward model overoptimization", arXiv:2210.10760. Written batch by batch, so that a killed run goes on."""
+As in Gao et al. 2022, "Scaling laws for reward model overoptimization", arXiv:2210.10760. What is said of them, pairs
+or labels or ratings or rankings, is what the run's kind of reward model reads. Written batch by batch, so that a killed
+run goes on."""
 
-import math
 import os
-import random
 
 import jax
 
@@ -16,14 +15,26 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import rules
-from rlhf_jax.training import rollout
+from rlhf_jax.training import feedback, rollout
 from rlhf_jax.training.run import Run
 
 FILES = {"train": "preferences.jsonl", "held_out": "preferences_held_out.jsonl"}
+# Pairs of the same samples, for the gate of a multi-objective reward model.
+GATE_FILES = {"train": "gate_preferences.jsonl", "held_out": "gate_preferences_held_out.jsonl"}
+
+
+def kind_of(run: Run) -> str:
+    """Of the reward model that the config trains; pairs where it trains none."""
+    return run.config.reward_model.kind if "reward_model" in run.config.stages else "pairwise"
+
+
+def files_of(run: Run) -> list[str]:
+    gated = kind_of(run) == "multi_objective"
+    return [*FILES.values(), *(GATE_FILES.values() if gated else ())]
 
 
 def make(run: Run) -> None:
-    """Writes both files in Vertex's format with the gold rewards beside it."""
+    """Writes both files (and those of the gate) with the gold rewards beside the feedback."""
     section, data = run.config.preferences, run.config.data
     if run.config.gold not in rules.RULES:
         raise InputError(
@@ -37,17 +48,35 @@ def make(run: Run) -> None:
                 f"there are no {name} prompts to make {count} pairs of; raise config.data.held_out_prompts (at most a "
                 "fifth of the prompts is held out) or set config.data.held_out_pairs=0."
             )
+    kind = kind_of(run)
+    samples = section.ranking_size if kind == "ranking" else 2
+    taste = feedback.Taste(
+        run.config.gold,
+        rules.RULES[run.config.gold],
+        section.coin_scale,
+        section.accept_above,
+        tuple(section.aspects),
+        section.missing_ratings,
+    )
+    if kind == "multi_objective":  # the same samples; these first, as the others say that the stage is done
+        for name, count in wanted.items():
+            _make_file(run, name, GATE_FILES[name], count, 2, feedback.pair, taste)
     for name, count in wanted.items():
-        _make_file(run, name, -(-count // section.batch_size))
+        # As many samples whatever is said of them.
+        _make_file(run, name, FILES[name], 2 * count // samples, samples, feedback.FEEDBACK[kind], taste)
 
 
-def _make_file(run: Run, name: str, num_batches: int) -> None:
-    final = run.path(FILES[name])
+def _make_file(
+    run: Run, name: str, file: str, count: int, samples: int, judge, taste: feedback.Taste
+) -> None:
+    """count: of prompts, each with `samples` samples. judge: of FEEDBACK."""
+    final = run.path(file)
     if os.path.exists(final):
         return
     partial, size = final + ".partial", run.config.preferences.batch_size
+    num_batches = -(-count // size)
     done = writing.keep_whole_batches(partial)
-    network, sampling, gold = run.network(), run.sampling(2), rules.RULES[run.config.gold]
+    network, sampling = run.network(), run.sampling(samples)
     rng = jax.random.fold_in(run.rng("preferences"), list(FILES).index(name))
     prompts = run.encoded_prompts[name]
     for number in range(done, num_batches):
@@ -58,51 +87,30 @@ def _make_file(run: Run, name: str, num_batches: int) -> None:
             ids = run.put(pad_prompts([ids for _, ids in chosen], run.prompt_length, run.tokenizer.pad_id))
             batch = rollout.sample(network, run.base, Role(), ids, jax.random.fold_in(rng, number), sampling)
         rows = []
-        for (prompt, _), pair in zip(chosen, rollout.texts(run.tokenizer, batch), strict=True):
-            if all(text.strip() for text in pair):
-                coin = (run.config.seed, name, number, len(rows))
-                rows.append(label(prompt.text, pair, gold, run.config.preferences.coin_scale, coin))
+        for (prompt, _), texts in zip(chosen, rollout.texts(run.tokenizer, batch), strict=True):
+            if all(text.strip() for text in texts):
+                rows += judge(taste, prompt.text, texts, (run.config.seed, name, number, len(rows)))
         writing.append_batch(partial, number, rows)
         if name == "train" and number in (0, num_batches - 1):
             run.console.samples(
                 f"samples of the base, batch {number + 1}", _shown(rows), run.config.logging.num_samples
             )
-        run.console.note(f"preferences ({name}): batch {number + 1} of {num_batches}, {len(rows)} pairs")
+        run.console.note(f"preferences ({name}): batch {number + 1} of {num_batches}, {len(rows)} rows")
     writing.finish(partial, final)
 
 
-def label(prompt: str, pair: list[str], gold, coin_scale: float, coin_seed: tuple) -> dict:
-    """One row: `choice` is 0 or 1 by a Bradley-Terry coin on the gold rewards."""
-    first, second = gold([prompt, prompt], pair)
-    p_first = sigmoid(coin_scale * (first - second))
-    choice = 0 if random.Random(repr(coin_seed)).random() < p_first else 1
-    return {
-        "input_text": prompt,
-        "candidate_0": pair[0],
-        "candidate_1": pair[1],
-        "choice": choice,
-        "gold_0": first,
-        "gold_1": second,
-    }
-
-
-def ceiling(rows: list[dict], coin_scale: float) -> float:
-    """The best accuracy anyone can have on such labels: mean of max(p, 1 - p)."""
-    chances = [sigmoid(coin_scale * (row["gold_0"] - row["gold_1"])) for row in rows]
-    return sum(max(p, 1 - p) for p in chances) / len(chances)
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
 def _shown(rows):
-    return [
-        {
-            "prompt": readable(row["input_text"]),
-            "completion": row[f"candidate_{i}"],
-            "gold_reward": row[f"gold_{i}"],
-        }
-        for row in rows[:4]
-        for i in (0, 1)
-    ][:6]
+    """(prompt, completion, gold reward) of the first few."""
+    told = []
+    for row in rows[:4]:
+        prompt = row["input_text"] if "input_text" in row else row["prompt"]
+        if "choice" in row:
+            texts = [(row[f"candidate_{i}"], row[f"gold_{i}"]) for i in (0, 1)]
+        elif "completions" in row:
+            texts = zip(row["completions"], row["gold"], strict=True)
+        else:
+            texts = [(row["completion"], row["gold"])]
+        told += [
+            {"prompt": readable(prompt), "completion": text, "gold_reward": gold} for text, gold in texts
+        ]
+    return told[:6]

@@ -46,11 +46,17 @@ def greedy(network: Network, base: dict, policy: Role, prompts, sampling) -> Gro
 
 
 def make_scorer(network: Network, eos_ids: tuple[int, ...]):
-    """Jitted (base, reward role, batch, mean, std) -> [B, G] normalised learned reward."""
+    """Jitted (base, reward role, batch, mean, std) -> ([B, G] normalised learned reward, metrics: of an ensemble how
+    much its members disagree)."""
 
     @jax.jit
     def scorer(base, role, batch, mean, std):
-        return learned.score(network.model, base, role, batch, eos_ids, mean, std)
+        scores, disagreement = learned.score_and_disagreement(
+            network.model, base, role, batch, eos_ids, mean, std
+        )
+        if disagreement is None:
+            return scores, {}
+        return scores, {"reward_disagreement": masked_mean(disagreement, batch.weights)}
 
     return scorer
 
@@ -115,5 +121,5 @@ def reward_statistics(network: Network, base, reward: Role, prompt_batches, rng,
     """Mean and deviation of the raw reward over samples of the reference (the empty role)."""
     draw = functools.partial(sample, network, base, Role(), sampling=sampling)
     batches = [draw(prompts, jax.random.fold_in(rng, i)) for i, prompts in enumerate(prompt_batches)]
-    scores = np.concatenate([np.asarray(scorer(base, reward, b, 0.0, 1.0)).ravel() for b in batches])
+    scores = np.concatenate([np.asarray(scorer(base, reward, b, 0.0, 1.0)[0]).ravel() for b in batches])
     return {"reward_mean": float(scores.mean()), "reward_std": float(max(scores.std(), 1e-6))}

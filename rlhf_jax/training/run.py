@@ -31,6 +31,8 @@ SALTS = {"sft": 1, "preferences": 2, "reward_model": 3, "ppo": 4, "evaluation": 
          "reinforce_pp": 9, "rloo": 10, "grpo": 11, "kto": 12, "orpo": 13, "cpo": 14, "simpo": 15,
          "trpo": 16, "remax": 17, "raft": 18, "online_dpo": 19, "quark": 20, "ppo_ptx": 21}  # fmt: skip
 
+MEMBER_SEEDS = 100_003  # between the seeds of an ensemble's members
+
 
 class Run:
     def __init__(self, config, workdir: str, console, stop):
@@ -196,9 +198,11 @@ class Run:
 
     # Data
 
-    def rng(self, stage: str):
-        """The stage's key: every draw is fold_in(key, step), so nothing random has to be saved."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), SALTS[stage])
+    def rng(self, stage: str, member: int = 0):
+        """The stage's key: every draw is fold_in(key, step), so nothing random has to be saved. member: of an ensemble,
+        the first of which is as if it were alone."""
+        seed = self.config.seed + member * MEMBER_SEEDS
+        return jax.random.fold_in(jax.random.key(seed), SALTS[stage])
 
     def records(self, spec: str, form) -> list:
         """The records of a data spec; form: formats.prompts, pairs or another reader."""
@@ -278,11 +282,14 @@ def held_out(available: int, wanted: int) -> int:
     return min(wanted, available // 5)
 
 
-def resumable(run: Run, records, batch_size: int, lengths: tuple[int, ...]) -> batching.ResumableData:
-    """Records in an order that depends on the seed alone, with a fingerprint of all that decides it."""
+def resumable(
+    run: Run, records, batch_size: int, lengths: tuple[int, ...], member: int = 0
+) -> batching.ResumableData:
+    """Records in an order that depends on the seed (and the member of an ensemble) alone, with a fingerprint of all
+    that decides it."""
     return batching.ResumableData(
         records,
-        seed=run.config.seed,
+        seed=run.config.seed + member * MEMBER_SEEDS,
         batch_size=batch_size,
         identity={"lengths": list(lengths), "tokenizer": run.tokenizer.fingerprint},
     )

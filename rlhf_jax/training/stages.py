@@ -4,18 +4,14 @@ Here a stage picks its data and its roles; offline.py and online.py turn those i
 
 import functools
 import os
-from collections.abc import Callable
 
-import jax
-
-from rlhf_jax.data import formats, sources
-from rlhf_jax.errors import InputError
-from rlhf_jax.models import heads
+from rlhf_jax.data import formats
 from rlhf_jax.training import preferences
 from rlhf_jax.training.algorithms import ALGORITHMS, preference
 from rlhf_jax.training.offline import encode_groups, examples, offline
 from rlhf_jax.training.online import online
-from rlhf_jax.training.run import Run, held_out, settings_of
+from rlhf_jax.training.reward_stage import preference_pairs, reward_model, reward_records
+from rlhf_jax.training.run import Run, settings_of
 
 
 def sft(run: Run) -> None:
@@ -25,43 +21,6 @@ def sft(run: Run) -> None:
     trained = {"policy": run.new_role(run.rng("sft"), section.train, run.raw_base)}
     frozen = {"base": None if section.train == "full" else run.raw_base}
     offline(run, "sft", records, [], trained, frozen, section.packed_tokens)
-
-
-def reward_model(run: Run, evaluator: Callable | None = None) -> None:
-    """Pairwise reward model. evaluator: (run, pairs, held-out pairs, scores of those) -> None, called at the end."""
-    section = run.config.reward_model
-    train, test = preference_pairs(run)
-    groups = lambda pairs: encode_groups(
-        run, [(pair.prompt, (pair.chosen, pair.rejected), pair.row) for pair in pairs]
-    )
-    rng = run.rng("reward_model")
-    head = heads.init_reward(jax.random.fold_in(rng, 1), run.model.config.hidden_size)
-    depth = section.layers or None
-    if section.layers > run.model.config.num_layers:
-        raise InputError(
-            f"config.reward_model.layers is {section.layers}; this model has {run.model.config.num_layers}."
-        )
-    trained = {"reward": run.new_role(rng, section.train, run.base, head, depth, section.pooling)}
-    scores = offline(run, "reward_model", groups(train), groups(test), trained, {"base": run.base})
-    if evaluator is not None and test:
-        evaluator(run, train, test, scores)
-
-
-def preference_pairs(run: Run, form=formats.pairs):
-    """(training pairs, held-out pairs) of the config's data, or of the stage `preferences`. form: what reads them;
-    the held-out ones are of the kind of the others."""
-    data = run.config.data
-    if not data.preferences:
-        files = {name: run.path(file) for name, file in preferences.FILES.items()}
-        # Already with the instruction in front: these prompts were sampled from.
-        read = lambda file: formats.pairs(sources.read_rows(file)) if os.path.getsize(file) else []
-        return tuple(read(files[name]) for name in ("train", "held_out"))
-    pairs = run.records(data.preferences, form)
-    if data.eval_preferences:
-        form = formats.labelled if isinstance(pairs[0], formats.Labelled) else formats.pairs
-        return pairs, run.records(data.eval_preferences, form)
-    cut = len(pairs) - held_out(len(pairs), data.held_out_pairs)
-    return pairs[:cut], pairs[cut:]
 
 
 def judgements(run: Run, name: str):
@@ -76,7 +35,7 @@ def on_preferences(run: Run, name: str) -> None:
     sets, smoothing = judgements(run, name), None
     if any(isinstance(one, formats.Labelled) for one in sets[0][:1]):
         tell_imbalance(run, name, sets[0])
-        group = lambda one: (one.prompt, (one.completion,), one.row, float(one.accepted))
+        group = lambda one: (one.prompt, (one.completion,), one.row, {"soft_labels": float(one.accepted)})
         return tune(run, name, [[group(one) for one in part] for part in sets])
     if any(pair.soft_label is not None for pairs in sets for pair in pairs):
         settings = settings_of(name, run.config[name])
@@ -89,7 +48,7 @@ def on_preferences(run: Run, name: str) -> None:
         whole = (pair.prompt, (pair.chosen, pair.rejected), pair.row)
         if smoothing is None:
             return whole
-        return (*whole, 1.0 - smoothing if pair.soft_label is None else pair.soft_label)
+        return (*whole, {"soft_labels": 1.0 - smoothing if pair.soft_label is None else pair.soft_label})
 
     return tune(run, name, [[group(pair) for pair in pairs] for pairs in sets])
 
@@ -118,6 +77,8 @@ def tell_imbalance(run: Run, name: str, records) -> None:
         )
 
 
+__all__ = ["STAGES", "is_done", "judgements", "reward_model", "reward_records"]
+
 STAGES = {"sft": sft, "preferences": preferences.make, "reward_model": reward_model}
 STAGES |= {name: functools.partial(on_preferences, name=name) for name in preference.ROWS}
 STAGES |= {name: functools.partial(online, name=name) for name, row in ALGORITHMS.items() if row.online}
@@ -125,5 +86,5 @@ STAGES |= {name: functools.partial(online, name=name) for name, row in ALGORITHM
 
 def is_done(run: Run, stage: str) -> bool:
     if stage == "preferences":
-        return all(os.path.exists(run.path(file)) for file in preferences.FILES.values())
+        return all(os.path.exists(run.path(file)) for file in preferences.files_of(run))
     return run.has_role(stage)

@@ -70,7 +70,7 @@ def ppo_step(model, params, shape):
             network, base, roles["policy"], prompts, jax.random.key(5), sampling, roles["value"].head
         )
         tokens = jax.device_get(batch.completion_ids)
-        scores = rollout.make_scorer(network, (2,))(base, reward, batch, 0.0, 1.0)
+        scores = rollout.make_scorer(network, (2,))(base, reward, batch, 0.0, 1.0)[0]
         frozen = {"base": base, "reward": reward}
         prepare = rollout.make_prepare(row, settings, network)
         batch, metrics = prepare(frozen, first.controllers, batch.replace(scores=scores))
