@@ -15,6 +15,9 @@ from rlhf_jax.evaluation.verdict import GOLD, PROXY, change_of, mean, verdict
 SIDE_BY_SIDE = 20  # prompts shown, the first ones of the file
 MOMENTS, SAMPLES_A_MOMENT = 6, 3  # samples through training
 
+# What a kind of reward model is trained on, where that is not pairs.
+RECORDS = {"classification": "labels", "regression": "ratings", "ranking": "rankings"}
+
 
 def write_report(workdir, kl_limit=10.0):
     """Writes workdir/report.html from the files in workdir.
@@ -165,7 +168,7 @@ def _reward_model(run):
             f"It ranks {100 * data['gold_accuracy']:.1f}% of pairs as the true reward does, ties left out."
         )
     if is_number(data.get("train_pairs")):
-        said.append(f"Trained on {data['train_pairs']:,} pairs.")
+        said.append(f"Trained on {data['train_pairs']:,} {RECORDS.get(data.get('kind'), 'pairs')}.")
     figures = _figures(curves.stage_curves(run, "reward_model") + curves.reward_model_quality(run))
     if not said and not figures:
         return ""

@@ -137,7 +137,7 @@ class Run:
         )
 
     def save_role(self, name: str, role: Role, meta: dict) -> None:
-        settings = self.lora if role.adapter is not None else None
+        settings = self.lora if role.adapter is not None or role.members else None
         role_files.save_role(
             self.role_path(name), role, self.model.config, settings, self.tokenizer.tokenizer, meta
         )
