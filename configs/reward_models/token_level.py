@@ -10,4 +10,6 @@ from configs import reward_model
 def get_config(size="tiny"):
     config = reward_model.get_config(size)
     config.reward_model.update(kind="token_level", pooling="last")
+    if size == "tiny":  # most tokens that are compared come before the word that decides
+        config.reward_model.steps *= 3
     return config

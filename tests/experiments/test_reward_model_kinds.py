@@ -63,11 +63,11 @@ def test_kinds_run_from_their_configs(finished, tmp_path, name):
 
 
 def test_a_gated_ensemble_rewards_a_policy_and_resumes(finished, tmp_path):
-    """Two values of a config change the pipeline; killed before its role is written, the stage ends with the same."""
+    """Two values of the config do it; killed before its role is written, the stage ends with the same."""
     workdir = taught(finished, tmp_path)
     changes = ("reward_model.kind=multi_objective", "reward_model.members=2", "reward_model.gate_steps=2",
                "ppo.steps=2", "ppo.eval_every_steps=0")  # fmt: skip
-    run_small(workdir, *SMALLER, *changes)
+    run_small(workdir, *SMALLER, *changes, config="ppo")
     for stage in ("reward_model", "reward_model_gate", "reward_model_member_1", "reward_model_member_1_gate"):
         assert len(losses(workdir, stage)) == 2, stage
     assert losses(workdir, "reward_model") != losses(workdir, "reward_model_member_1")
@@ -76,7 +76,6 @@ def test_a_gated_ensemble_rewards_a_policy_and_resumes(finished, tmp_path):
     made = json.loads((workdir / "reward_model.json").read_text())
     assert len(made["own"]["members"]["accuracy"]) == 2 and made["own"]["members"]["disagreement"] > 0
     assert set(made["own"]["aspects"]) == {"sentiment", "length:target=12", "length:target=4"}
-    assert (workdir / "report.html").exists()
 
     role = workdir / "roles" / "reward_model"
     files = sorted(path.relative_to(role) for path in role.rglob("*.safetensors"))
@@ -84,7 +83,7 @@ def test_a_gated_ensemble_rewards_a_policy_and_resumes(finished, tmp_path):
     before = {file: (role / file).read_bytes() for file in files}
     assert before[files[1]] != before[files[4]]
     shutil.rmtree(role)
-    run_small(workdir, *SMALLER, *changes)
+    run_small(workdir, *SMALLER, *changes, config="ppo")
     assert role_files.exists(str(role)) and {file: (role / file).read_bytes() for file in files} == before
 
 
