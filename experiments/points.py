@@ -136,7 +136,11 @@ def _check(file, points, seed, shared):
         return
     base = loaded.pop()
     read = (*SHARED_READ, *base.stages)
-    below = lambda config: {key: x for key, x in cli.flat(config).items() if key.split(".")[0] in read}
+    # What is said of the samples is what that kind reads.
+    also = ("reward_model.kind",) if "preferences" in base.stages else ()
+    below = lambda config: {
+        key: x for key, x in cli.flat(config).items() if key.split(".")[0] in read or key in also
+    }
     for point, config in zip(points, loaded, strict=True):
         once, its = below(base), below(config)
         differ = sorted(key for key in once.keys() & its.keys() if once[key] != its[key])

@@ -24,8 +24,8 @@ GATE_FILES = {"train": "gate_preferences.jsonl", "held_out": "gate_preferences_h
 
 
 def kind_of(run: Run) -> str:
-    """Of the reward model that the config trains; pairs where it trains none."""
-    return run.config.reward_model.kind if "reward_model" in run.config.stages else "pairwise"
+    """Of the reward model in the config; pairs where it has none."""
+    return run.config.reward_model.kind if "reward_model" in run.config else "pairwise"
 
 
 def files_of(run: Run) -> list[str]:

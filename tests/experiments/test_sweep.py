@@ -62,6 +62,7 @@ def test_a_grid_is_every_combination():
         ("points=('ppo.steps=4',), base='configs/nope.py'", "mine.py: .*configs/nope.py does not exist"),
         ("points=(dict(config='configs/nope.py'),)", "mine.py: point nope .*does not exist"),
         ("points=('sft.steps=4',)", "changes sft.steps, which the shared stages sft, preferences, reward_model read"),
+        ("points=('reward_model.kind=ranking',), shared=('sft', 'preferences')", "changes reward_model.kind, which"),
         ("points=('ppo.steps=4',), shared=('ppo',)", "expected some of sft, preferences, reward_model"),
         ("points=('ppo.steps=4',), overrides=('pp.steps=4',)", r"no such key; did you mean ppo.steps\?"),
     ],

@@ -201,7 +201,8 @@ def pair_losses(settings, chosen, rejected, margins=None, soft_labels=None):
 
 
 def token_level_objective(settings, network, trained, frozen, controllers, batch, rng):
-    """A value at every token: pairs are compared from their first different token on, a score is the last one's."""
+    """A value at every token: pairs are compared from their first different token to the end of the longer one. A score
+    is the last one's, or with pooling mean the mean of all."""
     scores, values = roles.scores_and_values(network.model, frozen["base"], trained["reward"], batch)
     chosen, rejected = scores[:, 0], scores[:, 1]
     ids = jnp.where(batch.completion_mask > 0, batch.completion_ids, -1)
