@@ -1,15 +1,18 @@
 """Every kind of reward model from its config: feedback, training, held-out figures, and a policy trained on it."""
 
+import functools
 import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import cli, pipeline
 from rlhf_jax.checkpoints import roles as role_files
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel import mesh
 from rlhf_jax.training import feedback
 from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.metrics import read_metrics
@@ -21,12 +24,11 @@ RUN = ("token_level", "ranking", "classification", "regression")
 SMALLER = ("reward_model.steps=2", "preferences.num_pairs=32", "data.held_out_pairs=32")
 
 
-def taught(finished, workdir, *files):
-    for part in ("base", "roles/sft"):
-        shutil.copytree(finished / part, workdir / part)
-    for file in files:
-        shutil.copy(finished / file, workdir)
-    return workdir
+@pytest.fixture
+def one_device(monkeypatch):
+    """Compiles in half the time; the other tests of this folder run on eight."""
+    alone = functools.partial(mesh.make_mesh, 1, 1, 1, jax.devices()[:1])
+    monkeypatch.setattr(mesh, "make_mesh", lambda **_: alone())
 
 
 def losses(workdir, stage):
@@ -44,10 +46,10 @@ def test_configs_load_at_every_size_and_every_kind_has_one():
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_kinds_run_from_their_configs(finished, tmp_path, name):
-    files = feedback.FEEDBACK[name] is feedback.pair
-    workdir = taught(finished, tmp_path, *("preferences.jsonl", "preferences_held_out.jsonl") * files)
-    run_small(workdir, *SMALLER, config=f"reward_models/{name}")
+def test_kinds_run_from_their_configs(finished, one_device, tmp_path, name):
+    workdir = tmp_path
+    shutil.copytree(finished / "base", workdir / "base")
+    run_small(workdir, *SMALLER, "stages=('preferences','reward_model')", config=f"reward_models/{name}")
     assert len(losses(workdir, "reward_model")) == 2 and np.isfinite(losses(workdir, "reward_model")).all()
     made = json.loads((workdir / "reward_model.json").read_text())
     assert (
@@ -64,15 +66,17 @@ def test_kinds_run_from_their_configs(finished, tmp_path, name):
 
 def test_a_gated_ensemble_rewards_a_policy_and_resumes(finished, tmp_path):
     """Two values of the config do it; killed before its role is written, the stage ends with the same."""
-    workdir = taught(finished, tmp_path)
+    workdir = tmp_path
+    for part in ("base", "roles/sft"):
+        shutil.copytree(finished / part, workdir / part)
     changes = ("reward_model.kind=multi_objective", "reward_model.members=2", "reward_model.gate_steps=2",
-               "ppo.steps=2", "ppo.eval_every_steps=0")  # fmt: skip
+               "ppo.eval_every_steps=0")  # fmt: skip
     run_small(workdir, *SMALLER, *changes, config="ppo")
     for stage in ("reward_model", "reward_model_gate", "reward_model_member_1", "reward_model_member_1_gate"):
         assert len(losses(workdir, stage)) == 2, stage
     assert losses(workdir, "reward_model") != losses(workdir, "reward_model_member_1")
     rows = [m for m in read_metrics(workdir / "metrics.jsonl") if m["stage"] == "ppo"]
-    assert len(rows) == 2 and all(m["reward_disagreement"] > 0 and np.isfinite(m["loss"]) for m in rows)
+    assert len(rows) == 4 and all(m["reward_disagreement"] > 0 and np.isfinite(m["loss"]) for m in rows)
     made = json.loads((workdir / "reward_model.json").read_text())
     assert len(made["own"]["members"]["accuracy"]) == 2 and made["own"]["members"]["disagreement"] > 0
     assert set(made["own"]["aspects"]) == {"sentiment", "length:target=12", "length:target=4"}
