@@ -74,11 +74,11 @@ def ratings(taste: Taste, prompt, texts, seed: tuple) -> list[dict]:
 
 
 def aspect_ratings(taste: Taste, prompt, texts, seed: tuple) -> list[dict]:
-    """A rating of each aspect, or null."""
+    """A rating of each aspect, or null; a completion that would have none gets no row."""
     draw, asked = random.Random(repr(seed)), [readable(prompt)] * len(texts)
     known = {spec: specs.parse(spec).load()(asked, list(texts)) for spec in taste.aspects}
     rated = lambda value: None if draw.random() < taste.missing else value + noise(taste, draw)
-    return [
+    rows = [
         {
             "prompt": prompt,
             "completion": text,
@@ -87,6 +87,7 @@ def aspect_ratings(taste: Taste, prompt, texts, seed: tuple) -> list[dict]:
         }
         for n, (text, gold) in enumerate(zip(texts, taste.golds(prompt, texts), strict=True))
     ]
+    return [row for row in rows if any(value is not None for value in row["ratings"].values())]
 
 
 def ranking(taste: Taste, prompt, texts, seed: tuple) -> list[dict]:

@@ -291,18 +291,18 @@ def own_figures(kind: str, scale: Scale | None, records, read: dict, judged) -> 
 
 def reward_records(run: Run) -> tuple[list, list]:
     """(training records, held-out records) of the kind, of the config's data or of the stage `preferences`."""
-    return records_of(run, KINDS[run.config[NAME].kind].read)
-
-
-def preference_pairs(run: Run):
-    """(training pairs, held-out pairs) of the config's data, or of the stage `preferences`."""
-    return records_of(run, formats.pairs)
-
-
-def records_of(run: Run, form) -> tuple[list, list]:
-    data = run.config.data
+    data, form = run.config.data, KINDS[run.config[NAME].kind].read
     if not data.preferences:
         return _made(run, preferences.FILES, form)
+    return _split(run, data.preferences, data.eval_preferences, form, together=form is not formats.pairs)
+
+
+def preference_pairs(run: Run, form=formats.pairs):
+    """(training pairs, held-out pairs) of the config's data, or of the stage `preferences`. form: what reads the
+    former; the held-out ones are of the kind of the others."""
+    data = run.config.data
+    if not data.preferences:
+        return _made(run, preferences.FILES, formats.pairs)
     return _split(run, data.preferences, data.eval_preferences, form)
 
 
@@ -334,15 +334,14 @@ def _made(run: Run, files: dict, form):
     return tuple(form(sources.read_rows(path)) if os.path.getsize(path) else [] for path in paths)
 
 
-def _split(run: Run, spec: str, held_out_spec: str, form):
+def _split(run: Run, spec: str, held_out_spec: str, form, together=False):
+    """together: completions of one prompt, where they follow each other, are not split."""
     records = run.records(spec, form)
     if held_out_spec:
+        if form is formats.pairs_or_labelled:
+            form = formats.labelled if isinstance(records[0], formats.Labelled) else formats.pairs
         return records, run.records(held_out_spec, form)
     cut = len(records) - held_out(len(records), run.config.data.held_out_pairs)
-    while (
-        form is not formats.pairs
-        and 0 < cut < len(records)
-        and records[cut].prompt == records[cut - 1].prompt
-    ):
-        cut -= 1  # completions of one prompt stay together
+    while together and 0 < cut < len(records) and records[cut].prompt == records[cut - 1].prompt:
+        cut -= 1
     return records[:cut], records[cut:]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from rlhf_jax.data import feedback, formats
+from rlhf_jax.data import formats
 from rlhf_jax.errors import InputError
 from rlhf_jax.losses import reward_model as losses
 from rlhf_jax.losses.decorrelation import CORRELATIONS
@@ -369,18 +369,18 @@ def pairs_of_ratings(records):
 KINDS = {
     "pairwise": Kind(formats.pairs, pairwise_group, pairwise_objective, pairs=both_of_pairs),
     "token_level": Kind(formats.pairs, pairwise_group, token_level_objective, pairs=both_of_pairs),
-    "ranking": Kind(feedback.rankings, ranking_group, ranking_objective, pairs=pairs_of_rankings),
+    "ranking": Kind(formats.rankings, ranking_group, ranking_objective, pairs=pairs_of_rankings),
     "classification": Kind(
-        feedback.labelled,
+        formats.labelled,
         labelled_group,
         classification_objective,
         readout=lambda settings: Readout(settings.classification_reward),
         outputs=lambda scale: 2,
         pairs=pairs_of_labels,
     ),
-    "regression": Kind(feedback.rated, rated_group, regression_objective, rated=True, pairs=pairs_of_ratings),
+    "regression": Kind(formats.rated, rated_group, regression_objective, rated=True, pairs=pairs_of_ratings),
     "multi_objective": Kind(
-        feedback.rated,
+        formats.rated,
         rated_group,
         multi_objective_objective,
         readout=lambda settings: Readout("mean"),
