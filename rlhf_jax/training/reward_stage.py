@@ -19,7 +19,8 @@ from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import sharding
 from rlhf_jax.training import preferences
 from rlhf_jax.training.algorithms.gating import GATING, whole
-from rlhf_jax.training.algorithms.reward_models import KINDS, Known, Scale, pairwise_group
+from rlhf_jax.training.algorithms.reward_models import KINDS
+from rlhf_jax.training.algorithms.reward_records import Known, Scale, pairwise_group
 from rlhf_jax.training.offline import encode_group, fit, read_all
 from rlhf_jax.training.run import Run, all_dropped, held_out, settings_of
 
@@ -77,11 +78,11 @@ class _Stage:
         self.train, self.test = (_encode(run, records, self.kind.group, known) for records in (train, test))
         self.judged = self.test  # what is judged by pairs
         if self.kind.gated:
-            pairs = gate_pairs(run, train, test)
+            pairs = gate_pairs(run, train, test, self.scale)
             known = Known.of(settings, [*pairs[0], *pairs[1]])
             self.gate_train, self.judged = (_encode(run, part, pairwise_group, known) for part in pairs)
         in_pairs = KINDS["pairwise"] if self.kind.gated else self.kind
-        self.pairs = np.array(in_pairs.pairs(self.judged.records), int).reshape(-1, 2, 2)
+        self.pairs = np.array(in_pairs.pairs(self.judged.records, self.scale), int).reshape(-1, 2, 2)
 
     def member(self, number: int) -> tuple[Role, dict | None]:
         """(its role, what it reads of the held-out records)."""
@@ -306,7 +307,7 @@ def preference_pairs(run: Run, form=formats.pairs):
     return _split(run, data.preferences, data.eval_preferences, form)
 
 
-def gate_pairs(run: Run, train, test) -> tuple[list, list]:
+def gate_pairs(run: Run, train, test, scale: Scale) -> tuple[list, list]:
     """Pairs for the gate: config.reward_model.gate_preferences, those of the stage `preferences`, or, where there
     are ratings alone, completions of one prompt by their mean rating."""
     if run.config[NAME].gate_preferences:
@@ -319,7 +320,7 @@ def gate_pairs(run: Run, train, test) -> tuple[list, list]:
         return formats.Pair(better.prompt, better.completion, worse.completion, row=better.row)
 
     of = KINDS["multi_objective"].pairs
-    found = tuple([pair(records, *two) for two in of(records)] for records in (train, test))
+    found = tuple([pair(records, *two) for two in of(records, scale)] for records in (train, test))
     if not found[0]:
         raise InputError(
             "config.reward_model.gate_preferences is empty, and no prompt of config.data.preferences has two "

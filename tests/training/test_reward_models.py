@@ -17,7 +17,8 @@ from rlhf_jax.models.readout import Readout
 from rlhf_jax.models.roles import Role
 from rlhf_jax.training.algorithms import reward_models
 from rlhf_jax.training.algorithms.gating import gating_objective
-from rlhf_jax.training.algorithms.reward_models import KINDS, Known, RewardModelSettings, Scale
+from rlhf_jax.training.algorithms.reward_models import KINDS, RewardModelSettings
+from rlhf_jax.training.algorithms.reward_records import Known, Scale, pairwise_group
 from rlhf_jax.training.algorithms.row import Network
 from rlhf_jax.training.offline import grouped
 from rlhf_jax.training.state import TrainState
@@ -274,16 +275,20 @@ def test_learns_its_feedback(kind):
 
 def test_pairs_are_found_in_every_kind_of_record():
     label = lambda prompt, accepted: Labelled(prompt, "c", accepted)
-    assert KINDS["classification"].pairs(
-        [label("p", True), label("q", True), label("p", False), label("q", True)]
-    ) == [((0, 0), (2, 0))]
+    labels = [label("p", True), label("q", True), label("p", False), label("q", True)]
+    assert KINDS["classification"].pairs(labels, None) == [((0, 0), (2, 0))]
     rated = lambda prompt, **ratings: Rated(prompt, "c", ratings)
-    of_ratings = KINDS["regression"].pairs([rated("p", a=1.0, b=9.0), rated("p", a=2.0), rated("q", a=5.0)])
-    assert of_ratings == [((1, 0), (0, 0))]  # by what both have
+    ratings = [rated("p", a=1.0, b=9.0), rated("p", a=2.0), rated("q", a=5.0), rated("p", a=1.0, b=1.0)]
+    by = lambda **std: KINDS["regression"].pairs(
+        ratings, Scale(tuple(std), (0.0,) * len(std), tuple(std.values()))
+    )
+    assert by(a=1.0) == [((1, 0), (0, 0)), ((1, 0), (3, 0))]
+    assert by(a=1.0, b=1.0) == [((1, 0), (0, 0)), ((0, 0), (3, 0)), ((1, 0), (3, 0))]  # by what both have
+    assert by(b=1.0) == [((0, 0), (3, 0))]
     ranking = Ranking("p", ("x", "y", "z"), (3.0, 1.0, 1.0))
-    assert KINDS["ranking"].pairs([ranking]) == [((0, 0), (0, 1)), ((0, 0), (0, 2))]
-    assert len(KINDS["ranking"].pairs([Ranking("p", ("x", "y", "z"))])) == 3
-    assert KINDS["pairwise"].pairs([None, None]) == [((0, 0), (0, 1)), ((1, 0), (1, 1))]
+    assert KINDS["ranking"].pairs([ranking], None) == [((0, 0), (0, 1)), ((0, 0), (0, 2))]
+    assert len(KINDS["ranking"].pairs([Ranking("p", ("x", "y", "z"))], None)) == 3
+    assert KINDS["pairwise"].pairs([None, None], None) == [((0, 0), (0, 1)), ((1, 0), (1, 1))]
 
 
 def test_ratings_are_learned_in_deviations_of_the_aspects_named():
@@ -304,10 +309,10 @@ def test_extras_of_pairs():
     rows = [Row("f", 1, {"margin": 2}), Row("f", 2, {"score_chosen": 9, "score_rejected": 6.5}), None]
     pairs = [Pair("p", "c", "d", soft, row) for soft, row in zip((None, 0.7, None), rows, strict=True)]
     known = Known.of(RewardModelSettings(margin_coeff=0.5, label_smoothing=0.1), pairs)
-    extras = [reward_models.pairwise_group(known, pair)[3] for pair in pairs]
+    extras = [pairwise_group(known, pair)[3] for pair in pairs]
     assert [x["soft_labels"] for x in extras] == [0.9, 0.7, 0.9]
     assert [x["margins"] for x in extras] == [1.0, 1.25, 0.0]
-    assert reward_models.pairwise_group(Known.of(RewardModelSettings(), pairs[::2]), pairs[0])[3] == {}
+    assert pairwise_group(Known.of(RewardModelSettings(), pairs[::2]), pairs[0])[3] == {}
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,21 @@
 """The kinds of reward models, one row each: which records it reads, how these become a batch, its objective, how a
 score is read.
 
-Knows scores and records; no file, config object or clock. A kind that is trained in two parts has the second in
+Knows scores; how records become batches is in reward_records.py. A kind that is trained in two parts has the second in
 gating.py. Sources at the losses (losses/reward_model.py) and the readouts (models/readout.py)."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
 from rlhf_jax.data import formats
-from rlhf_jax.errors import InputError
 from rlhf_jax.losses import reward_model as losses
 from rlhf_jax.losses.decorrelation import CORRELATIONS
 from rlhf_jax.losses.masking import masked_mean
 from rlhf_jax.models import roles
 from rlhf_jax.models.readout import ENSEMBLES, Readout
+from rlhf_jax.training.algorithms import reward_records as records
 from rlhf_jax.training.algorithms.row import Algorithm, Settings
 from rlhf_jax.training.algorithms.supervised import over_pairs
 
@@ -89,59 +88,6 @@ class RewardModelSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class Scale:
-    """Aspects of the training ratings. Heads predict (rating - mean) / std, so that no unit outweighs another."""
-
-    names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, settings, records) -> "Scale":
-        """Raises: InputError for an aspect that is unknown or does not vary."""
-        found = list(dict.fromkeys(name for record in records for name in record.ratings))
-        names = settings.aspects or tuple(sorted(found))
-        if settings.kind == "regression" and len(names) != 1:
-            raise InputError(
-                f"config.reward_model.aspects is empty and the ratings have {', '.join(names)}; name the one that "
-                "regression learns, or choose kind=multi_objective."
-            )
-        mean, std = [], []
-        for name in names:
-            values = [record.ratings[name] for record in records if name in record.ratings]
-            if not values or min(values) == max(values):
-                raise InputError(
-                    f"the ratings have {'no' if not values else 'one single value of'} aspect {name!r}; there are "
-                    f"{', '.join(found)}. Name those to learn in config.reward_model.aspects."
-                )
-            mean.append(math.fsum(values) / len(values))
-            std.append(math.sqrt(math.fsum((x - mean[-1]) ** 2 for x in values) / len(values)))
-        return cls(names, tuple(mean), tuple(std))
-
-    def targets(self, record) -> dict:
-        """Of one completion: {"targets": [1, K], "target_mask": [1, K]}."""
-        known = [name in record.ratings for name in self.names]
-        scaled = zip(self.names, self.mean, self.std, strict=True)
-        values = [(record.ratings[n] - m) / s if n in record.ratings else 0.0 for n, m, s in scaled]
-        return {"targets": [values], "target_mask": [[float(x) for x in known]]}
-
-
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """What a group is made with beside its record."""
-
-    settings: RewardModelSettings
-    scale: Scale | None = None  # of ratings
-    soft: bool = False  # every pair has a soft label
-
-    @classmethod
-    def of(cls, settings, records, scale: Scale | None = None) -> "Known":
-        soft = bool(settings.label_smoothing)
-        soft = soft or any(getattr(record, "soft_label", None) is not None for record in records)
-        return cls(settings, scale, soft)
-
-
-@dataclasses.dataclass(frozen=True)
 class Kind:
     """One row. A completion is told by (number of the record, number of the completion in it)."""
 
@@ -151,30 +97,11 @@ class Kind:
     readout: Callable = lambda settings: Readout()  # settings -> Readout
     outputs: Callable = lambda scale: None  # -> K of the head; None: a scalar
     rated: bool = False  # has a Scale
-    pairs: Callable = lambda records: []  # records -> [(better, worse)], two completions of one prompt
+    pairs: Callable = lambda records, scale: []  # -> [(better, worse)], two completions of one prompt
     gated: bool = False  # then a gate is trained, on pairs
 
 
 # Pairs
-
-
-def pairwise_group(known, pair):
-    extras = {}
-    if known.soft:
-        right = 1.0 - known.settings.label_smoothing
-        extras["soft_labels"] = right if pair.soft_label is None else pair.soft_label
-    if known.settings.margin_coeff:
-        extras["margins"] = known.settings.margin_coeff * margin_of(pair)
-    return pair.prompt, (pair.chosen, pair.rejected), pair.row, extras
-
-
-def margin_of(pair) -> float:
-    """How much better the chosen completion was rated, by the record's `margin` or its two scores; 0 if nobody says."""
-    fields = {} if pair.row is None else pair.row.fields
-    if isinstance(fields.get("margin"), int | float):
-        return float(fields["margin"])
-    scores = [fields.get(name) for name in ("score_chosen", "score_rejected")]
-    return float(scores[0] - scores[1]) if all(isinstance(x, int | float) for x in scores) else 0.0
 
 
 def pairwise_objective(settings, network, trained, frozen, controllers, batch, rng):
@@ -220,22 +147,7 @@ def token_level_objective(settings, network, trained, frozen, controllers, batch
     return over_pairs(batch, found, chosen, rejected, {})
 
 
-def both_of_pairs(records):
-    return [((i, 0), (i, 1)) for i in range(len(records))]
-
-
 # Rankings
-
-
-def ranking_group(known, ranking):
-    count, extras = len(ranking.completions), {}
-    if known.settings.ranking_loss == "pairs":
-        rated = ranking.ratings is not None
-        extras = {
-            "targets": [[x] for x in (ranking.ratings if rated else [0.0] * count)],
-            "target_mask": [[float(rated)]] * count,
-        }
-    return ranking.prompt, ranking.completions, ranking.row, extras
 
 
 def ranking_objective(settings, network, trained, frozen, controllers, batch, rng):
@@ -269,26 +181,7 @@ def ranking_objective(settings, network, trained, frozen, controllers, batch, rn
     return masked_mean(found, rankings), (rankings.sum(), metrics)
 
 
-def pairs_of_rankings(records):
-    """All of each ranking but ties in its ratings."""
-    found = []
-    for n, record in enumerate(records):
-        ratings = record.ratings or range(len(record.completions), 0, -1)
-        found += [
-            ((n, i), (n, j))
-            for i in range(len(ratings))
-            for j in range(i + 1, len(ratings))
-            if ratings[i] > ratings[j]
-        ]
-    return found
-
-
 # Single completions
-
-
-def labelled_group(known, record):
-    extras = {"targets": [[float(record.accepted)]], "target_mask": [[1.0]]}
-    return record.prompt, (record.completion,), record.row, extras
 
 
 def classification_objective(settings, network, trained, frozen, controllers, batch, rng):
@@ -309,10 +202,6 @@ def classification_objective(settings, network, trained, frozen, controllers, ba
     }
     metrics = {name: masked_mean(x.astype(jnp.float32), weights) for name, x in metrics.items()}
     return masked_mean(found, weights), (weights.sum(), metrics)
-
-
-def rated_group(known, record):
-    return record.prompt, (record.completion,), record.row, known.scale.targets(record)
 
 
 def regression_objective(settings, network, trained, frozen, controllers, batch, rng):
@@ -338,55 +227,33 @@ def multi_objective_objective(settings, network, trained, frozen, controllers, b
     return loss, (weights.sum(), {"squared_error": loss})
 
 
-def same_prompt(records, gap) -> list:
-    """[(better, worse)] of records of one completion: those of the same prompt whose gap(one, other) is not 0."""
-    by_prompt, found = {}, []
-    for n, record in enumerate(records):
-        by_prompt.setdefault(formats.readable(record.prompt), []).append(n)
-    for same in by_prompt.values():
-        for place, i in enumerate(same):
-            for j in same[place + 1 :]:
-                by = gap(records[i], records[j])
-                if by:
-                    found.append(((i, 0), (j, 0)) if by > 0 else ((j, 0), (i, 0)))
-    return found
-
-
-def rating_gap(one, other) -> float:
-    """Mean difference over the aspects that both have."""
-    shared = [name for name in one.ratings if name in other.ratings]
-    return sum(one.ratings[n] - other.ratings[n] for n in shared) / len(shared) if shared else 0.0
-
-
-def pairs_of_labels(records):
-    return same_prompt(records, lambda one, other: one.accepted - other.accepted)
-
-
-def pairs_of_ratings(records):
-    return same_prompt(records, rating_gap)
-
-
 KINDS = {
-    "pairwise": Kind(formats.pairs, pairwise_group, pairwise_objective, pairs=both_of_pairs),
-    "token_level": Kind(formats.pairs, pairwise_group, token_level_objective, pairs=both_of_pairs),
-    "ranking": Kind(formats.rankings, ranking_group, ranking_objective, pairs=pairs_of_rankings),
+    "pairwise": Kind(formats.pairs, records.pairwise_group, pairwise_objective, pairs=records.both_of_pairs),
+    "token_level": Kind(
+        formats.pairs, records.pairwise_group, token_level_objective, pairs=records.both_of_pairs
+    ),
+    "ranking": Kind(
+        formats.rankings, records.ranking_group, ranking_objective, pairs=records.pairs_of_rankings
+    ),
     "classification": Kind(
         formats.labelled,
-        labelled_group,
+        records.labelled_group,
         classification_objective,
         readout=lambda settings: Readout(settings.classification_reward),
         outputs=lambda scale: 2,
-        pairs=pairs_of_labels,
+        pairs=records.pairs_of_labels,
     ),
-    "regression": Kind(formats.rated, rated_group, regression_objective, rated=True, pairs=pairs_of_ratings),
+    "regression": Kind(
+        formats.rated, records.rated_group, regression_objective, rated=True, pairs=records.pairs_of_ratings
+    ),
     "multi_objective": Kind(
         formats.rated,
-        rated_group,
+        records.rated_group,
         multi_objective_objective,
         readout=lambda settings: Readout("mean"),
         outputs=lambda scale: len(scale.names),
         rated=True,
-        pairs=pairs_of_ratings,
+        pairs=records.pairs_of_ratings,
         gated=True,
     ),
 }
