@@ -78,6 +78,7 @@ class _Stage:
         self.train, self.test = (_encode(run, records, self.kind.group, known) for records in (train, test))
         self.judged = self.test  # what is judged by pairs
         if self.kind.gated:
+            self.gated_readout = _gated_readout(settings, self.scale.names)
             pairs = gate_pairs(run, train, test, self.scale)
             known = Known.of(settings, [*pairs[0], *pairs[1]])
             self.gate_train, self.judged = (_encode(run, part, pairwise_group, known) for part in pairs)
@@ -103,7 +104,7 @@ class _Stage:
             log_as=NAME + tail,
             member=number,
             read=lambda trained, frozen, batch: self.read(trained["reward"], frozen["base"], batch),
-            judge=(lambda found: {}) if kind.gated else self.accuracy,
+            judge=(lambda found: {}) if kind.gated or kind.group is pairwise_group else self.accuracy,
         )
         if not kind.gated:
             return role, found
@@ -157,14 +158,7 @@ class _Stage:
 
     def decorrelated(self, role: Role) -> Role:
         """Its aspects with a penalty on verbosity, each as large as the training records ask for."""
-        run, settings, names = self.run, self.settings, self.scale.names
-        index = {"tokens": readout.TOKENS, "": None} | {name: n for n, name in enumerate(names)}
-        if settings.verbosity not in index:
-            raise InputError(
-                f"config.reward_model.verbosity is {settings.verbosity!r}; expected tokens, an aspect "
-                f"({', '.join(names)}), or nothing."
-            )
-        how = Readout("gated", settings.gate_temperature, index[settings.verbosity])
+        run, settings, names, how = self.run, self.settings, self.scale.names, self.gated_readout
         if how.verbosity is None:
             return role.replace(readout=how)
 
@@ -227,6 +221,16 @@ class _Stage:
             None if gold is None else np.array([[gold[i][g] for i, g in pair] for pair in self.pairs]),
             figures,
         )
+
+
+def _gated_readout(settings, names) -> Readout:
+    index = {name: n for n, name in enumerate(names)} | {"tokens": readout.TOKENS, "": None}
+    if settings.verbosity not in index:
+        raise InputError(
+            f"config.reward_model.verbosity is {settings.verbosity!r}; expected tokens, an aspect ({', '.join(names)}), "
+            "or nothing."
+        )
+    return Readout("gated", settings.gate_temperature, index[settings.verbosity])
 
 
 def _at(scores, pairs):
