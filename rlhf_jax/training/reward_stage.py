@@ -227,8 +227,8 @@ def _gated_readout(settings, names) -> Readout:
     index = {name: n for n, name in enumerate(names)} | {"tokens": readout.TOKENS, "": None}
     if settings.verbosity not in index:
         raise InputError(
-            f"config.reward_model.verbosity is {settings.verbosity!r}; expected tokens, an aspect ({', '.join(names)}), "
-            "or nothing."
+            f"config.reward_model.verbosity is {settings.verbosity!r}; expected tokens, an aspect "
+            f"({', '.join(names)}), or nothing."
         )
     return Readout("gated", settings.gate_temperature, index[settings.verbosity])
 
