@@ -5,7 +5,7 @@ import os
 from experiments import evaluate, judging
 from rlhf_jax.checkpoints.lock import WorkdirLock
 from rlhf_jax.errors import InputError
-from rlhf_jax.training import scoring, stages
+from rlhf_jax.training import constitution, scoring, stages
 from rlhf_jax.training.algorithms import ALGORITHMS, preference
 from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.console import Console
@@ -73,8 +73,10 @@ def check_stages(run: Run, todo: list[str]) -> None:
 def read_data(run: Run, todo: list[str]) -> None:
     """Reads what the stages will read, so that a wrong line or prompt shows now and not after hours of training."""
     data = run.config.data
+    if "constitution" in todo:
+        constitution.read_principles(run.config.constitution.principles)
     for stage, key in (("sft", "sft"), ("ppo_ptx", "ptx")):
-        if stage in todo:
+        if stage in todo and not ("constitution" in todo and constitution.comes_before(run.config, stage)):
             examples(run, key)
     if data.preferences:
         if "reward_model" in todo:

@@ -18,7 +18,7 @@ from rlhf_jax.data.strict_json import decode_at, kind_of, parse_json, unusable
 from rlhf_jax.errors import InputError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-PACKAGED = {name: os.path.join(HERE, f"{name}.jsonl") for name in ("openings", "arithmetic")}
+PACKAGED = {name: os.path.join(HERE, f"{name}.jsonl") for name in ("openings", "arithmetic", "constitution")}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet")
 HUB_NAME = re.compile(
     r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?(#(?P<split>[\w.\[\]:%+-]+))?"

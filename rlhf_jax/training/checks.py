@@ -18,7 +18,8 @@ POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_min
             "head_multiplier", "num_beams", "repetition_penalty", "max_kl_per_token", "cg_iterations",
             "cg_tolerance", "backtrack_factor", "n_step", "reference_sync_mix", "kl_budget_rate", "keep",
             "num_quantiles", "pool_size", "best_of", "members", "gate_steps",
-            "gate_learning_rate", "gate_width", "gate_layers", "gate_temperature")  # fmt: skip
+            "gate_learning_rate", "gate_width", "gate_layers", "gate_temperature", "rounds", "num_prompts",
+            "critique_tokens")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps",
                 "weight_decay", "clip_norm", "value_coeff", "ptx_coeff", "stop_approx_kl",
                 "clip_epsilon_high", "entropy_coeff", "reward_clip", "dual_clip", "ratio_clip",

@@ -11,6 +11,7 @@ import numpy as np
 from rlhf_jax.data import batching, formats, packing
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.training import constitution
 from rlhf_jax.training import reference as references
 from rlhf_jax.training import state as states
 from rlhf_jax.training.algorithms import ALGORITHMS, Algorithm
@@ -184,6 +185,8 @@ def read_all(run: Run, records, batch_size: int, read: Callable):
 def examples(run: Run, key: str) -> list[tuple]:
     """What config.data.KEY names, as encode_groups takes it; for tiny without one, its own corpus."""
     spec = run.config.data[key]
+    if key == "sft" and not spec and constitution.comes_before(run.config, "sft"):
+        spec = run.path(constitution.FILES["sft"])
     if spec:
         return [(one.prompt, (one.completion,), one.row) for one in run.records(spec, formats.examples)]
     if run.config.model.path == "tiny":

@@ -29,7 +29,8 @@ from rlhf_jax.training.optimizer import make_optimizer, make_schedule
 # Of the random streams. A number once given stays: with another, no run of before could be repeated.
 SALTS = {"sft": 1, "preferences": 2, "reward_model": 3, "ppo": 4, "evaluation": 5, "dpo": 6, "a2c": 7, "reinforce": 8,
          "reinforce_pp": 9, "rloo": 10, "grpo": 11, "kto": 12, "orpo": 13, "cpo": 14, "simpo": 15,
-         "trpo": 16, "remax": 17, "raft": 18, "online_dpo": 19, "quark": 20, "ppo_ptx": 21}  # fmt: skip
+         "trpo": 16, "remax": 17, "raft": 18, "online_dpo": 19, "quark": 20, "ppo_ptx": 21,
+         "gate": 22, "constitution": 23}  # fmt: skip
 
 MEMBER_SEEDS = 100_003  # between the seeds of an ensemble's members
 

@@ -6,7 +6,7 @@ import functools
 import os
 
 from rlhf_jax.data import formats
-from rlhf_jax.training import preferences
+from rlhf_jax.training import constitution, preferences
 from rlhf_jax.training.algorithms import ALGORITHMS, preference
 from rlhf_jax.training.offline import encode_groups, examples, offline
 from rlhf_jax.training.online import online
@@ -79,7 +79,12 @@ def tell_imbalance(run: Run, name: str, records) -> None:
 
 __all__ = ["STAGES", "is_done", "judgements", "reward_model", "reward_records"]
 
-STAGES = {"sft": sft, "preferences": preferences.make, "reward_model": reward_model}
+STAGES = {
+    "constitution": constitution.make,
+    "sft": sft,
+    "preferences": preferences.make,
+    "reward_model": reward_model,
+}
 STAGES |= {name: functools.partial(on_preferences, name=name) for name in preference.ROWS}
 STAGES |= {name: functools.partial(online, name=name) for name, row in ALGORITHMS.items() if row.online}
 
@@ -87,4 +92,6 @@ STAGES |= {name: functools.partial(online, name=name) for name, row in ALGORITHM
 def is_done(run: Run, stage: str) -> bool:
     if stage == "preferences":
         return all(os.path.exists(run.path(file)) for file in preferences.files_of(run))
+    if stage == "constitution":
+        return all(os.path.exists(run.path(file)) for file in constitution.FILES.values())
     return run.has_role(stage)
