@@ -46,7 +46,7 @@ def make(run: Run) -> None:
     if all(os.path.exists(run.path(file)) for file in FILES.values()):
         return
     section = run.config.constitution
-    partial, size = run.path("constitution.jsonl.partial"), section.batch_size
+    partial, size = run.path("constitution_partial.jsonl"), section.batch_size
     prompts = run.encoded_prompts["train"]
     count = -(-section.num_prompts // size)
     for number in range(writing.keep_whole_batches(partial), count):
@@ -82,8 +82,8 @@ def read_principles(spec: str) -> list[dict]:
         for field in ("critique", "revision"):
             if not isinstance(row.fields.get(field), str) or not row.fields[field].strip():
                 raise InputError(
-                    f"{row.source}, line {row.line}: {field!r} is {row.fields.get(field)!r:.60}; a principle has a text "
-                    "'critique', which asks for criticism, and a text 'revision', which asks for a new response."
+                    f"{row.source}, line {row.line}: {field!r} is {row.fields.get(field)!r:.60}; a principle has a "
+                    "text 'critique', which asks for criticism, and a text 'revision', which asks for a new response."
                 )
     return [{name: row.fields[name].strip() for name in ("critique", "revision")} for row in rows]
 
