@@ -58,6 +58,7 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
     config.preferences = dict(
         num_pairs=512,
         batch_size=32,  # prompts; two completions each
+        labeller="",  # a judge in the place of gold, such as judge:path=org/name,template=true (rewards/models)
         coin_scale=5.0,  # P(the first is chosen) = sigmoid(coin_scale * difference in gold)
         # Of other feedback than pairs, made for reward_model.kind from as many samples with as much noise.
         ranking_size=4,  # completions a ranking

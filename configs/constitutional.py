@@ -10,6 +10,9 @@ def get_config(size="tiny"):
     config = ppo.get_config(size)
     first = ("sft", "constitution") if size == "tiny" else ("constitution", "sft")
     config.stages = (*first, "preferences", "reward_model", "ppo", "evaluation")
+    if size != "tiny":
+        path = config.model.path
+        config.preferences.labeller = f"judge:path={path},template=true"  # a second copy of the weights
     config.constitution = dict(
         principles="",  # rows critique, revision (JSONL, hub id, ...); empty: the seven packaged ones
         num_prompts=128,  # of the training prompts

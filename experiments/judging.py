@@ -108,12 +108,14 @@ def judge_reward_model(run, found: HeldOut) -> None:
         )
         return
     if gold is not None:
-        ceiling = feedback.ceiling(gold, run.config.preferences.coin_scale)
+        by_coin = not run.config.preferences.labeller
+        ceiling = feedback.ceiling(gold, run.config.preferences.coin_scale) if by_coin else None
     quality = reward_quality.quality(found.pairs, gold, ceiling, train_pairs=found.train_records)
     write_json(run.path("reward_model.json"), quality | {"kind": found.kind, "own": found.figures})
     told = f"held-out accuracy {quality['accuracy']:.3f} on {len(found.pairs)} pairs"
     if gold is not None:
-        told += f" (label noise allows {ceiling:.3f}); agrees with the gold reward on "
+        told += "" if ceiling is None else f" (label noise allows {ceiling:.3f})"
+        told += "; agrees with the gold reward on "
         told += "none" if quality["gold_accuracy"] is None else f"{quality['gold_accuracy']:.3f}"
     if found.figures:
         told += f"; {_told(found.figures)}"

@@ -88,6 +88,7 @@ def test_only_training_run_and_stages_read_the_config_object():
         "preferences.py",
         "checks.py",
         "reward_stage.py",
+        "constitution.py",
     )
     for path in FILES:
         if "ConfigDict" in path.read_text() or "run.config." in path.read_text():

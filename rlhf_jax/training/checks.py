@@ -5,7 +5,7 @@ Keys and types are the parser's business; here it is what the numbers mean."""
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.rewards import rules
-from rlhf_jax.training import scoring
+from rlhf_jax.training import labelling, scoring
 from rlhf_jax.training.algorithms import ALGORITHMS, reward_models
 from rlhf_jax.training.run import settings_of
 from rlhf_jax.training.wandb_writer import check_installed
@@ -51,6 +51,9 @@ def check_config(config, known_stages) -> None:
     _check_values("config", config)
     LoraConfig.from_names(**config.lora.to_dict())
     scoring.check(config.rewards)
+    if config.preferences.labeller:
+        kind = config.reward_model.kind if "reward_model" in config else "pairwise"
+        labelling.check(config.preferences.labeller, kind)
     if config.gold and config.gold not in rules.RULES:
         raise InputError(
             f"config.gold is {config.gold!r}; expected one of {', '.join(rules.RULES)}, or nothing."

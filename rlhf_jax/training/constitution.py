@@ -69,6 +69,11 @@ def make(run: Run) -> None:
     os.remove(partial)
 
 
+def records(run: Run, name: str, form) -> list:
+    """What was written; the instruction stands in front of these prompts already."""
+    return form(sources.read_rows(run.path(FILES[name])))
+
+
 def comes_before(config, stage: str) -> bool:
     """Whether `stage` can learn from what is written here."""
     stages = config.stages

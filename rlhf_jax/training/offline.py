@@ -185,10 +185,11 @@ def read_all(run: Run, records, batch_size: int, read: Callable):
 def examples(run: Run, key: str) -> list[tuple]:
     """What config.data.KEY names, as encode_groups takes it; for tiny without one, its own corpus."""
     spec = run.config.data[key]
-    if key == "sft" and not spec and constitution.comes_before(run.config, "sft"):
-        spec = run.path(constitution.FILES["sft"])
-    if spec:
-        return [(one.prompt, (one.completion,), one.row) for one in run.records(spec, formats.examples)]
+    own = key == "sft" and not spec and constitution.comes_before(run.config, "sft")
+    if spec or own:
+        form = formats.examples
+        found = constitution.records(run, "sft", form) if own else run.records(spec, form)
+        return [(one.prompt, (one.completion,), one.row) for one in found]
     if run.config.model.path == "tiny":
         return [(prompt, (completion,)) for prompt, completion in run.tiny_corpus]
     raise InputError(

@@ -16,6 +16,7 @@ from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import rules
 from rlhf_jax.training import feedback, rollout
+from rlhf_jax.training.labelling import Labeller
 from rlhf_jax.training.run import Run
 
 FILES = {"train": "preferences.jsonl", "held_out": "preferences_held_out.jsonl"}
@@ -36,10 +37,11 @@ def files_of(run: Run) -> list[str]:
 def make(run: Run) -> None:
     """Writes both files (and those of the gate) with the gold rewards beside the feedback."""
     section, data = run.config.preferences, run.config.data
-    if run.config.gold not in rules.RULES:
+    if run.config.gold not in rules.RULES and not section.labeller:
         raise InputError(
             f"config.gold is {run.config.gold!r}; making preferences needs one of {', '.join(rules.RULES)}. "
-            "Or give your own with config.data.preferences and leave the stage out."
+            "Or name a judge in config.preferences.labeller; or give your own with config.data.preferences and leave "
+            "the stage out."
         )
     wanted = {"train": section.num_pairs, "held_out": data.held_out_pairs}
     for name, count in wanted.items():
@@ -50,6 +52,11 @@ def make(run: Run) -> None:
             )
     kind = kind_of(run)
     samples = section.ranking_size if kind == "ranking" else 2
+    if section.labeller:
+        labeller = Labeller(section.labeller, kind, rules.RULES.get(run.config.gold), run.mesh)
+        for name, count in wanted.items():
+            _make_file(run, name, FILES[name], count, 2, labeller.rows)
+        return
     taste = feedback.Taste(
         run.config.gold,
         rules.RULES[run.config.gold],
@@ -60,16 +67,27 @@ def make(run: Run) -> None:
     )
     if kind == "multi_objective":  # the same samples; these first, as the others say that the stage is done
         for name, count in wanted.items():
-            _make_file(run, name, GATE_FILES[name], count, 2, feedback.pair, taste)
+            _make_file(run, name, GATE_FILES[name], count, 2, said_by(feedback.pair, taste, run, name))
     for name, count in wanted.items():
         # As many samples whatever is said of them.
-        _make_file(run, name, FILES[name], 2 * count // samples, samples, feedback.FEEDBACK[kind], taste)
+        judge = said_by(feedback.FEEDBACK[kind], taste, run, name)
+        _make_file(run, name, FILES[name], 2 * count // samples, samples, judge)
 
 
-def _make_file(
-    run: Run, name: str, file: str, count: int, samples: int, judge, taste: feedback.Taste
-) -> None:
-    """count: of prompts, each with `samples` samples. judge: of FEEDBACK."""
+def said_by(judge, taste: feedback.Taste, run: Run, name: str):
+    """(prompt, completions) of a batch -> rows. judge: of feedback.FEEDBACK."""
+
+    def rows(asked: list[tuple], number: int) -> list[dict]:
+        found = []
+        for prompt, texts in asked:
+            found += judge(taste, prompt, texts, (run.config.seed, name, number, len(found)))
+        return found
+
+    return rows
+
+
+def _make_file(run: Run, name: str, file: str, count: int, samples: int, rows_of) -> None:
+    """count: of prompts, each with `samples` samples. rows_of(asked, number of the batch) -> rows."""
     final = run.path(file)
     if os.path.exists(final):
         return
@@ -86,10 +104,9 @@ def _make_file(
         with meshes.activate(run.mesh):
             ids = run.put(pad_prompts([ids for _, ids in chosen], run.prompt_length, run.tokenizer.pad_id))
             batch = rollout.sample(network, run.base, Role(), ids, jax.random.fold_in(rng, number), sampling)
-        rows = []
-        for (prompt, _), texts in zip(chosen, rollout.texts(run.tokenizer, batch), strict=True):
-            if all(text.strip() for text in texts):
-                rows += judge(taste, prompt.text, texts, (run.config.seed, name, number, len(rows)))
+        made = zip(chosen, rollout.texts(run.tokenizer, batch), strict=True)
+        asked = [(prompt.text, texts) for (prompt, _), texts in made if all(text.strip() for text in texts)]
+        rows = rows_of(asked, number)
         writing.append_batch(partial, number, rows)
         if name == "train" and number in (0, num_batches - 1):
             run.console.samples(
@@ -104,7 +121,9 @@ def _shown(rows):
     told = []
     for row in rows[:4]:
         prompt = row["input_text"] if "input_text" in row else row["prompt"]
-        if "choice" in row:
+        if "chosen" in row:
+            texts = [(row["chosen"], row.get("gold_0")), (row["rejected"], row.get("gold_1"))]
+        elif "choice" in row:
             texts = [(row[f"candidate_{i}"], row[f"gold_{i}"]) for i in (0, 1)]
         elif "completions" in row:
             texts = zip(row["completions"], row["gold"], strict=True)

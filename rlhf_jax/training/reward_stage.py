@@ -17,7 +17,7 @@ from rlhf_jax.models import heads, readout, roles
 from rlhf_jax.models.readout import Readout
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import sharding
-from rlhf_jax.training import preferences
+from rlhf_jax.training import constitution, preferences
 from rlhf_jax.training.algorithms.gating import GATING, whole
 from rlhf_jax.training.algorithms.reward_models import KINDS
 from rlhf_jax.training.algorithms.reward_records import Known, Scale, pairwise_group
@@ -334,6 +334,10 @@ def gate_pairs(run: Run, train, test, scale: Scale) -> tuple[list, list]:
 
 
 def _made(run: Run, files: dict, form):
+    if "constitution" in run.config.stages and "preferences" not in run.config.stages:
+        pairs = constitution.records(run, "pairs", form)
+        cut = len(pairs) - held_out(len(pairs), run.config.data.held_out_pairs)
+        return pairs[:cut], pairs[cut:]
     # Already with the instruction in front: these prompts were sampled from.
     paths = [run.path(files[name]) for name in ("train", "held_out")]
     return tuple(form(sources.read_rows(path)) if os.path.getsize(path) else [] for path in paths)

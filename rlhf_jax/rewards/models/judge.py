@@ -50,16 +50,18 @@ class Judge:
           template: ask in the chat format of the tokenizer.
           max_tokens: of one question; the beginning of a longer one is cut. 0: the model's most.
           batch_size: questions.
-        Raises: InputError if the two labels begin with the same token.
+        Raises: InputError if no token tells the two labels apart.
         """
         self._principle, self._template, self._tokenizer = principle, template, tokenizer
         self._max_tokens = min(max_tokens or model.config.max_position, model.config.max_position) - 1
         space = "" if template else " "
-        labels = [tokenizer.encode_completion(space + label, add_eos=False)[0] for label in LABELS]
-        if labels[0] == labels[1]:
+        one, two = (tokenizer.encode_completion(space + label, add_eos=False) for label in LABELS)
+        shared = next((i for i, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]), None)
+        if shared is None:
             raise InputError(
-                "the labels A and B begin with the same token of the judge's tokenizer; use another."
+                "the judge's tokenizer does not tell the labels A and B apart; use another model."
             )
+        labels, self._lead = (one[shared], two[shared]), one[:shared]
         self._label = labels[0]
         self._how = dict(batch_size=batch_size, pad_id=tokenizer.pad_id, mesh=mesh)
         self._params, columns = params, jnp.array(labels)
@@ -93,11 +95,12 @@ class Judge:
         fields = dict(
             principle=self._principle, prompt=readable(prompt), first=first.strip(), second=second.strip()
         )
-        text = _fill(QUESTION, fields)
+        text, room = _fill(QUESTION, fields), self._max_tokens - len(self._lead)
         if self._template:
             asked = [{"role": "user", "content": text + "\nAnswer with A or B alone."}]
-            return self._tokenizer.encode_prompt(asked, self._max_tokens)
-        return self._tokenizer.encode_prompt(text + "\nThe better response is Response", self._max_tokens)
+        else:
+            asked = text + "\nThe better response is Response"
+        return [*self._tokenizer.encode_prompt(asked, room), *self._lead]
 
 
 def _fill(template: str, fields: dict[str, str]) -> str:
