@@ -1,9 +1,9 @@
 """A language model as the reward: which of two completions it prefers, from the logits of two labels, both orders.
 
 Lee et al. 2023, "RLAIF", arXiv:2309.00267.   --config=configs/reward_models/judge.py:tiny
-A completion's reward is the share of the others of its prompt that it beats, so the mean over a group is 0.5 whatever the
-policy: look at the true reward, or read. At tiny the judge is the embedded
-SmolLM2, which reads text and so need not share the policy's tokenizer."""
+A completion's reward is the share of the others of its prompt that it beats, so the mean over a group is 0.5 whatever
+the policy: look at the true reward, or read. At tiny the judge is the embedded SmolLM2, which reads text and so need
+not share the policy's tokenizer."""
 
 from configs import rloo
 
