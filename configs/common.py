@@ -96,6 +96,32 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         layers=0,  # of the base that it uses, from the first; 0: all
         pooling="last",  # the head reads the state at the end token; mean: the mean state of the completion
     )
+    # Judges the reward model before RL trusts it. An interval is one of 95%, by bootstrap over prompts.
+    config.gate = dict(
+        on_refusal="stop",  # the run ends with exit status 3, all saved; or warn: it says so and goes on
+        batch_size=32,  # pairs
+        max_pairs=1024,  # held-out pairs that are scored; and as many training pairs
+        preview_prompts=16,  # whose samples show what the best of n would be; 0: no preview
+        preview_completions=16,  # a prompt
+        bootstrap_samples=2000,
+        min_pairs=30,  # held-out pairs; with fewer nothing is refused
+        min_accuracy=0.55,  # of held-out pairs; refuses if the whole interval is below
+        warn_accuracy_gap=0.1,  # training minus held-out accuracy
+        refuse_accuracy_gap=0.2,  # if the whole interval is above
+        warn_loss_gap=0.25,  # nats, held-out minus training loss
+        refuse_loss_gap=0.5,  # nats, if the whole interval is above, and the held-out loss above a coin's
+        memorised_loss=0.05,  # nats; below, training pairs are known by heart
+        warn_ece=0.1,  # calibration error, in probability, beyond what comes by chance
+        refuse_ece=0.25,
+        warn_saturation=0.5,  # of held-out pairs with a probability beyond 0.99 or below 0.01
+        warn_spread=0.1,  # of the variance of scores that lies between answers to one prompt
+        refuse_spread=0.01,
+        warn_length_correlation=0.6,  # rank correlation of score and length within pairs
+        refuse_length_correlation=0.9,  # of a model that is no better than the rule "the longer one wins"
+        warn_length_growth=1.5,  # length of the best of n over the mean length, or the inverse
+        warn_seen=0.05,  # of held-out pairs that are among the training pairs
+        significance=2.0,  # standard errors that make a change of the true reward real
+    )
     config.ppo = stage(steps=16, batch_size=16, learning_rate=5e-4)
     config.ppo.update(
         num_completions=4,  # a prompt
@@ -219,7 +245,7 @@ def from_reward(size: str, name: str, **own) -> config_dict.ConfigDict:
     """A config that tunes the policy on rewards of its own samples."""
     config = get_config(size)
     instead_of(config, "ppo", name, ONLINE, **own)
-    config.stages = (*first_stages(size), "reward_model", name, "evaluation")
+    config.stages = (*first_stages(size), "reward_model", "gate", name, "evaluation")
     return config
 
 

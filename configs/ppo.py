@@ -7,5 +7,5 @@ from configs import common
 
 def get_config(size="tiny"):
     config = common.get_config(size)
-    config.stages = (*common.first_stages(size), "reward_model", "ppo")
+    config.stages = (*common.first_stages(size), "reward_model", "gate", "ppo")
     return config

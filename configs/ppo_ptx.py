@@ -17,5 +17,5 @@ def get_config(size="tiny"):
         ptx_batch_size=16,  # examples an update, fresh for each
     )
     config.data.ptx = ""  # empty: for tiny, what its base was taught
-    config.stages = (*common.first_stages(size), "reward_model", "ppo_ptx", "evaluation")
+    config.stages = (*common.first_stages(size), "reward_model", "gate", "ppo_ptx", "evaluation")
     return config

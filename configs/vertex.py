@@ -39,7 +39,7 @@ def get_config(parameters: dict):
     config.model.path = p["large_model_reference"]
     config.mesh.update(data=1, fsdp=-1, tensor=1)
     config.gold = ""
-    config.stages = ("reward_model", "ppo") + (("evaluation",) if p["eval_dataset"] else ())
+    config.stages = ("reward_model", "gate", "ppo") + (("evaluation",) if p["eval_dataset"] else ())
     config.data.update(
         preferences=p["preference_dataset"],
         prompts=p["prompt_dataset"],

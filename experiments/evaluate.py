@@ -1,11 +1,16 @@
-"""Side-by-side generation, figures and report for a finished run.
+"""Side-by-side generation, figures and report for a finished run; or the judgement on a reward model.
 
-python -m experiments.evaluate --workdir=runs/demo [--config.evaluation.num_completions=8]"""
+python -m experiments.evaluate --workdir=runs/demo [--config.evaluation.num_completions=8]
+python -m experiments.evaluate --reward_model=runs/demo --data=pairs.jsonl [--config.gate.preview_prompts=32]
+
+The second tells whether the reward model of a workdir can be trusted on labelled pairs: gate.json and gate.html in
+its folder gate/, exit status 3 if it cannot."""
 
 import os
 import sys
 
 from experiments import cli
+from rlhf_jax.errors import InputError, Refused
 
 TOLD = {
     "reward": "reward (trained on)",
@@ -41,8 +46,19 @@ def tell(run) -> None:
 
 def command(argv):
     parser = cli.parser(__doc__)
-    parser.add_argument("--workdir", required=True, help="of a run that has trained a policy")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--workdir", help="of a run that has trained a policy")
+    which.add_argument("--reward_model", metavar="WORKDIR", help="of a run that has trained a reward model")
+    parser.add_argument("--data", help="pairs to judge a reward model on: a file, a glob, or a hub id")
+    parser.add_argument("--output", help="where gate.json and gate.html go; WORKDIR/gate if not given")
     flags, overrides = cli.parse(parser, argv)
+    (judge if flags.reward_model else again)(flags, overrides)
+
+
+def again(flags, overrides) -> None:
+    """Evaluation and report of a finished run."""
+    if flags.data or flags.output:
+        raise InputError("--data and --output go with --reward_model=WORKDIR, not with --workdir.")
     config = cli.load_saved(flags.workdir, overrides)
 
     from experiments import judging, pipeline
@@ -60,6 +76,37 @@ def command(argv):
         with phase(flags.workdir, "evaluation"):
             judging.side_by_side_and_report(run)
         tell(run)
+
+
+def judge(flags, overrides) -> None:
+    """Raises: Refused."""
+    if not flags.data:
+        raise InputError("--reward_model needs --data: labelled pairs that it was not trained on.")
+    config = cli.load_saved(flags.reward_model, [])
+    if "gate" not in config:  # begun before there was one
+        from configs import common
+
+        with config.unlocked():
+            config.gate = common.get_config().gate
+    config = cli.override(config, overrides)
+
+    from experiments import gate, pipeline
+    from rlhf_jax.data import formats
+    from rlhf_jax.training.checks import check_config
+    from rlhf_jax.training.console import Console
+    from rlhf_jax.training.loop import StopRequest
+    from rlhf_jax.training.run import Run
+
+    check_config(config, tuple(pipeline.STAGES))
+    output = flags.output or os.path.join(flags.reward_model, "gate")
+    with StopRequest() as stop:
+        run = Run(config, flags.reward_model, Console(), stop)
+        if not run.has_role("reward_model"):
+            raise InputError(f"--reward_model: {flags.reward_model} holds no finished reward model.")
+        pairs = run.records(flags.data, formats.pairs)
+        found = gate.judge_on(run, pairs, output, {"reward_model": flags.reward_model, "data": flags.data})
+    if found["verdict"] == "refuse":
+        raise Refused(f"the gate refuses this reward model. {found['reason']}")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def _told(figures: dict) -> str:
 
 def judged_stage(run) -> str | None:
     """The last stage that tuned a policy; None where the best of n of the base itself is to be judged."""
-    own = ("sft", "preferences", "reward_model", "evaluation")
+    own = ("sft", "preferences", "reward_model", "gate", "evaluation")
     if run.config.evaluation.best_of > 1 and all(stage in own for stage in run.config.stages):
         return None
     return tuned_stage(run)
@@ -145,7 +145,9 @@ def judged_stage(run) -> str | None:
 
 def tuned_stage(run) -> str:
     """The last stage of the config that trained a policy and is done."""
-    policies = [s for s in run.config.stages if s not in ("preferences", "reward_model", "evaluation")]
+    policies = [
+        s for s in run.config.stages if s not in ("preferences", "reward_model", "gate", "evaluation")
+    ]
     if not policies:
         raise InputError(f"config.stages {tuple(run.config.stages)} has no stage that tunes a policy.")
     done = [stage for stage in policies if run.has_role(stage)]

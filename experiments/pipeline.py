@@ -2,7 +2,7 @@
 
 import os
 
-from experiments import evaluate, judging
+from experiments import evaluate, gate, judging
 from rlhf_jax.checkpoints.lock import WorkdirLock
 from rlhf_jax.errors import InputError
 from rlhf_jax.training import constitution, scoring, stages
@@ -16,6 +16,7 @@ from rlhf_jax.training.workdir import phase, settle_config, write_environment
 
 STAGES = stages.STAGES | {
     "reward_model": lambda run: stages.reward_model(run, evaluator=judging.judge_reward_model),
+    "gate": gate.judge_before_rl,
     "evaluation": judging.side_by_side_and_report,
 }
 
@@ -60,7 +61,7 @@ def online_stages(names) -> list[str]:
 
 def check_stages(run: Run, todo: list[str]) -> None:
     """Raises: InputError if a stage needs the result of one that is neither done nor to be run."""
-    online = online_stages(todo)
+    online = [stage for stage in todo if stage == "gate" or stage in online_stages(todo)]
     before = run.config.stages[: run.config.stages.index(online[0])] if online else ()
     learned = scoring.LEARNED in run.config.rewards.components
     if online and learned and "reward_model" not in before and not run.has_role("reward_model"):
@@ -79,12 +80,12 @@ def read_data(run: Run, todo: list[str]) -> None:
         if stage in todo and not ("constitution" in todo and constitution.comes_before(run.config, stage)):
             examples(run, key)
     if data.preferences:
-        if "reward_model" in todo:
+        if {"reward_model", "gate"} & set(todo):
             stages.reward_records(run)
         for stage in set(preference.ROWS) & set(todo):
             stages.judgements(run, stage)
     online = online_stages(todo)
-    if online or {"preferences", "evaluation"} & set(todo):
+    if online or {"preferences", "gate", "evaluation"} & set(todo):
         _ = run.prompt_sets, run.encoded_prompts  # kept by the run; files first, then the tokenizer
         tell_cut(run, "prompts")
     if "evaluation" in todo and not run.prompt_sets["held_out"]:
@@ -103,6 +104,8 @@ def read_data(run: Run, todo: list[str]) -> None:
 
 
 def is_done(run: Run, stage: str) -> bool:
+    if stage == "gate":
+        return gate.is_done(run)
     return os.path.exists(run.path("report.html")) if stage == "evaluation" else stages.is_done(run, stage)
 
 

@@ -8,7 +8,7 @@ import re
 from experiments import cli
 from rlhf_jax.errors import InputError
 
-SHAREABLE = ("sft", "preferences", "reward_model")
+SHAREABLE = ("sft", "preferences", "reward_model", "gate")
 KEYS = ("base", "size", "points", "seeds", "shared", "overrides")
 SHARED_READ = ("model", "data", "sampling", "gold")  # by shared stages, beside their own sections
 

@@ -22,6 +22,12 @@ class NumericsError(RunError):
     status = 3
 
 
+class Refused(RunError):
+    """Judged unfit to go on with; what was made is saved, and the message says how to go on all the same."""
+
+    status = 3
+
+
 class StorageError(RunError):
     """A checkpoint could not be written or read; the message names the last good step."""
 

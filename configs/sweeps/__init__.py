@@ -4,7 +4,9 @@ import itertools
 
 from ml_collections import config_dict
 
-FIRST_STAGES = {"tiny": ("sft", "preferences", "reward_model")}  # the self-made base has to be taught first
+FIRST_STAGES = {
+    "tiny": ("sft", "preferences", "reward_model", "gate")
+}  # the self-made base has to be taught first
 
 
 def sweep(size: str, *, points, base="configs/pipeline.py", seeds=(0, 1, 2), shared=None, overrides=()):
@@ -19,7 +21,7 @@ def sweep(size: str, *, points, base="configs/pipeline.py", seeds=(0, 1, 2), sha
         take the lora section of the base: a point's own is that of its policy.
       overrides: of every point that has the section, before its own.
     """
-    shared = FIRST_STAGES.get(size, ("preferences", "reward_model")) if shared is None else shared
+    shared = FIRST_STAGES.get(size, ("preferences", "reward_model", "gate")) if shared is None else shared
     return config_dict.ConfigDict(
         dict(base=base, size=size, points=points, seeds=seeds, shared=shared, overrides=overrides)
     )

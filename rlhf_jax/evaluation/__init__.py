@@ -2,7 +2,8 @@
 
 Lives here: Run and load_run() (what a workdir holds), side_by_side.py and reward_quality.py (measure),
 monitors.py (signs of reward hacking), curves.py (what the figures show) and drawing.py (how), page.py (HTML and CSS),
-verdict.py (the top of the page) and report.py (the rest of it).
+verdict.py (the top of the page) and report.py (the rest of it). Of a reward model before RL: gate_measures.py and
+label_noise.py (measure), gate.py (judges), gate_page.py (shows).
 May import: every room below training. What reads files only could run on another machine.
 Never: changes weights, imports training, trusts the text of a model, fails because a file is missing."""
 
@@ -30,6 +31,7 @@ class Run:
     environment: dict
     timing: dict
     problems: tuple  # sentences on files that could not be read
+    gate: dict = dataclasses.field(default_factory=dict)
 
     def stages(self):
         """Stage names in the order in which they ran."""
@@ -96,7 +98,7 @@ def load_run(workdir):
         for file in sorted(glob.glob(os.path.join(glob.escape(str(workdir)), "completions", "*.jsonl")))
     }
     answers = lambda name: [_answer(row) for row in _read_lines(path(name), problems)]
-    evaluation = read_object("evaluation.json")
+    evaluation, gate = read_object("evaluation.json"), read_object("gate.json")
     for side in ("untuned", "tuned"):
         if not isinstance(evaluation.get(side, {}), dict):
             evaluation = {**evaluation, side: {}}
@@ -112,6 +114,7 @@ def load_run(workdir):
         environment=read_object("environment.json"),
         timing=read_object("timing.json"),
         problems=tuple(problems),
+        gate=gate,
     )
 
 

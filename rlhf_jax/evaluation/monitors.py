@@ -68,7 +68,7 @@ def warning_signs(
         findings += _entropy(run, stage, entropy_ratio)
     findings += _gold_evaluated(run, significance) + _kl(run, kl_limit) + _length(run, length_ratio)
     findings += _repetition(run, diversity_ratio, duplicates)
-    findings += _memorised(run, accuracy_gap, memorised_loss)
+    findings += _memorised(run, accuracy_gap, memorised_loss) + _gate(run)
     return sorted(findings, key=lambda finding: ("bad", "warn", "ok").index(finding.verdict))
 
 
@@ -364,3 +364,9 @@ def _memorised(run, gap_limit, memorised_loss):
         )
         findings.append(Finding("Reward model memorised", "warn", sentence))
     return findings
+
+
+def _gate(run):
+    """What was known of the reward model before RL trusted it, where that was not all well."""
+    verdict = {"warn": "warn", "refuse": "bad"}.get(str(run.gate.get("verdict")))
+    return [Finding("Gate before RL", verdict, str(run.gate.get("reason", "")))] if verdict else []

@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from rlhf_jax.evaluation import as_list, curves, is_number, load_run, page
+from rlhf_jax.evaluation import as_list, curves, gate_page, is_number, load_run, page
 from rlhf_jax.evaluation.monitors import warning_signs
 from rlhf_jax.evaluation.verdict import GOLD, PROXY, change_of, mean, verdict
 
@@ -28,6 +28,7 @@ def write_report(workdir, kl_limit=10.0):
     sections = [
         ("changes", "What changed", _changes(run)),
         ("signs", "Warning signs", _signs(findings)),
+        ("gate", gate_page.TITLE, gate_page.section(run.gate)),
         *(_policy_section(run, stage) for stage in run.rl_stages()),
         ("spread", "Before and after, completion by completion", _figures(curves.distributions(run))),
         ("samples", "Samples side by side", _side_by_side(run)),

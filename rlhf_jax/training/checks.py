@@ -19,17 +19,22 @@ POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_min
             "cg_tolerance", "backtrack_factor", "n_step", "reference_sync_mix", "kl_budget_rate", "keep",
             "num_quantiles", "pool_size", "best_of", "members", "gate_steps",
             "gate_learning_rate", "gate_width", "gate_layers", "gate_temperature", "rounds", "num_prompts",
-            "critique_tokens")  # fmt: skip
+            "critique_tokens", "max_pairs", "preview_completions", "bootstrap_samples", "min_pairs", "significance",
+            "warn_length_growth")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps",
                 "weight_decay", "clip_norm", "value_coeff", "ptx_coeff", "stop_approx_kl",
                 "clip_epsilon_high", "entropy_coeff", "reward_clip", "dual_clip", "ratio_clip",
                 "center_coeff", "eval_every_steps", "held_out_prompts", "held_out_pairs", "vocab_chunk",
                 "min_new_tokens", "num_samples", "keep_best", "layers", "packed_tokens", "cg_damping",
                 "backtrack_steps", "max_refills", "overlong_buffer_tokens", "overlong_penalty",
-                "reference_sync_steps", "reference_steps", "margin_coeff", "huber_delta", "spread_coeff")  # fmt: skip
+                "reference_sync_steps", "reference_steps", "margin_coeff", "huber_delta", "spread_coeff",
+                "preview_prompts", "warn_loss_gap", "refuse_loss_gap", "memorised_loss")  # fmt: skip
 FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p", "min_p", "label_smoothing",
-            "backtrack_factor", "accept_ratio", "missing_ratings")  # fmt: skip
+            "backtrack_factor", "accept_ratio", "missing_ratings", "min_accuracy", "warn_accuracy_gap",
+            "refuse_accuracy_gap", "warn_ece", "refuse_ece", "warn_saturation", "warn_spread", "refuse_spread",
+            "warn_length_correlation", "refuse_length_correlation", "warn_seen")  # fmt: skip
 CHOICES = {
+    "on_refusal": ("stop", "warn"),
     "schedule": ("linear", "cosine", "constant"),
     "train": ("lora", "full"),
     "value": ("shared", "own", "reward"),

@@ -11,7 +11,12 @@ import time
 
 from rlhf_jax.errors import InputError
 
-MAY_CHANGE = ("logging.", "evaluation.", "stages")  # keys that a resumed run may have otherwise than before
+MAY_CHANGE = (
+    "logging.",
+    "evaluation.",
+    "gate.",
+    "stages",
+)  # keys that a resumed run may have otherwise than before
 PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 

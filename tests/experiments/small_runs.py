@@ -17,6 +17,9 @@ SMALL = [
     "preferences.num_pairs=64",
     "preferences.batch_size=32",
     "reward_model.steps=6",
+    "gate.on_refusal=warn",  # six steps teach nothing
+    "gate.preview_prompts=8",
+    "gate.preview_completions=4",
     "ppo.steps=4",
     "ppo.batch_size=16",
     "ppo.rollout_epochs=2",
@@ -45,7 +48,7 @@ def begun(finished, workdir):
     """A workdir with what a finished run has made before it tunes a policy."""
     for part in ("base", "roles/sft", "roles/reward_model"):
         shutil.copytree(finished / part, workdir / part)
-    for part in ("preferences.jsonl", "preferences_held_out.jsonl"):
+    for part in ("preferences.jsonl", "preferences_held_out.jsonl", "gate.json"):
         shutil.copy(finished / part, workdir)
     return workdir
 

@@ -1,0 +1,262 @@
+"""The stage `gate` and experiments.evaluate --reward_model: a saved reward model, read as RL will read it, is judged.
+
+Here a run's files become the arrays that evaluation/gate_measures.py measures; what they are worth is for
+evaluation/gate.py to say."""
+
+import dataclasses
+import hashlib
+import math
+import os
+
+import jax
+import numpy as np
+
+from rlhf_jax.data import batching, formats
+from rlhf_jax.data.formats import readable
+from rlhf_jax.errors import InputError, NumericsError, Refused
+from rlhf_jax.evaluation import gate, gate_measures, gate_page
+from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.rewards import learned, rules
+from rlhf_jax.training import rollout, stages
+from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training.run import all_dropped, tell_cut
+from rlhf_jax.training.scoring import LEARNED
+from rlhf_jax.training.workdir import read_json, write_json
+
+FILE = "gate.json"
+MEASURED_BY = ("batch_size", "max_pairs", "preview_prompts", "preview_completions", "bootstrap_samples")
+SMALL_FILE = 2**20  # bytes; of larger ones, frozen weights say, the size stands for the content
+# Kinds of reward models whose difference of scores is trained to be the log-odds of a label.
+LOG_ODDS_KINDS = ("pairwise", "token_level", "ranking")
+
+
+def judge_before_rl(run) -> None:
+    """The stage `gate`: writes gate.json. Raises: Refused, unless config.gate.on_refusal is "warn"."""
+    if LEARNED not in run.config.rewards.components:
+        return
+    section, path = run.config.gate, run.path(FILE)
+    made_of = {"reward_model": _digest(run.role_path("reward_model"))}
+    made_of |= {name: section[name] for name in MEASURED_BY}
+    kept = read_json(path) if os.path.exists(path) else {}
+    if kept.get("made_of") == made_of:
+        measures = kept["measures"]
+    else:
+        train, held_out = stages.preference_pairs(run)
+        prompts = run.encoded_prompts["held_out"] or prompts_of(run, held_out)
+        coin_scale = None if run.config.data.preferences else run.config.preferences.coin_scale
+        measures = measured(run, train, held_out, prompts, coin_scale)
+    found = _judged(run, measures) | {"made_of": made_of}
+    write_json(path, found)
+    tell(run.console, found)
+    if found["verdict"] == "refuse" and section.on_refusal == "stop":
+        page = gate_page.write(run.path("gate.html"), found, os.path.basename(run.workdir))
+        raise Refused(
+            f"the gate refuses this reward model. {found['reason']}\nNothing is lost: {page} shows why. Train another "
+            "one in another --workdir, or go on with this one: the same command with --config.gate.on_refusal=warn."
+        )
+
+
+def is_done(run) -> bool:
+    """Whether nothing is left to judge: it is not asked for, it has let this model pass, or RL is over."""
+    if LEARNED not in run.config.rewards.components:
+        return True
+    later = run.config.stages[run.config.stages.index("gate") :] if "gate" in run.config.stages else ()
+    online = [stage for stage in later if stage in ALGORITHMS and ALGORITHMS[stage].online]
+    if online and all(run.has_role(stage) for stage in online):
+        return True
+    path = run.path(FILE)
+    if not os.path.exists(path):
+        return False
+    return read_json(path).get("verdict") in ("pass", "warn") or run.config.gate.on_refusal == "warn"
+
+
+def judge_on(run, pairs, output: str, about: dict) -> dict:
+    """gate.json and gate.html in `output`: the workdir's reward model on any pairs. about: JSON, told on the page."""
+    try:
+        train = stages.preference_pairs(run)[0]
+    except (InputError, OSError):
+        train = []
+        run.console.note(
+            "the pairs that it was trained on are not there: nothing tells whether it memorised them"
+        )
+    measures = measured(run, train, pairs, prompts_of(run, pairs), None)
+    found = _judged(run, measures) | {"about": about}
+    os.makedirs(output, exist_ok=True)
+    write_json(os.path.join(output, FILE), found)
+    page = gate_page.write(os.path.join(output, "gate.html"), found, os.path.basename(run.workdir))
+    tell(run.console, found)
+    run.console.note(f"page: {page}")
+    return found
+
+
+def prompts_of(run, pairs) -> list[tuple]:
+    """(record, ids) of each prompt once."""
+    once = {str(pair.prompt): pair for pair in pairs}.values()
+    encoded = [(pair, run.encode_prompt(pair.prompt, pair.row)) for pair in once]
+    return [(pair, ids) for pair, ids in encoded if ids is not None]
+
+
+def _judged(run, measures):
+    section = run.config.gate
+    limits = gate.Thresholds(
+        **{field.name: section[field.name] for field in dataclasses.fields(gate.Thresholds)}
+    )
+    judged = gate.judge(measures, limits)
+    return judged | {"thresholds": dataclasses.asdict(limits), "measures": measures}
+
+
+def measured(run, train, held_out, prompts, coin_scale: float | None) -> dict:
+    """gate_measures.measure of the workdir's reward model.
+    Args:
+      train, held_out: formats.Pair each. prompts: (record, ids) each, of the preview.
+      coin_scale: of the coin that labelled them, where one did.
+    """
+    section = run.config.gate
+    role, _, meta = run.load_role("reward_model")
+    seen = {(str(pair.prompt), pair.chosen, pair.rejected) for pair in train}
+    twice = sum((str(pair.prompt), pair.chosen, pair.rejected) in seen for pair in held_out)
+    some = [_some(held_out, section.max_pairs), None]
+    some[1] = _some(train, len(some[0]) or section.max_pairs)
+    run.console.note(
+        f"gate: {len(some[0])} held-out and {len(some[1])} training pairs, "
+        f"{min(section.preview_prompts, len(prompts))} prompts x {section.preview_completions} samples"
+    )
+    with meshes.activate(run.mesh):
+        scorer = jax.jit(lambda base, role, batch: learned.score(run.model, base, role, batch, run.eos_ids))
+        score = lambda batch: np.asarray(scorer(run.base, role, run.put(batch)), np.float64)
+        pairs = scored(run, score, some)
+        samples = preview(run, score, prompts) if section.preview_prompts and prompts else None
+    tell_cut(run, "gate")
+    report = run.path("reward_model.json")
+    kind = read_json(report).get("kind", "pairwise") if os.path.exists(report) else "pairwise"
+    return gate_measures.measure(
+        *pairs,
+        samples,
+        train_pairs=len(train),
+        passes=meta["step"] * run.config.reward_model.batch_size / len(train) if train else None,
+        seen=twice,
+        coin_scale=coin_scale,
+        probabilities=kind in LOG_ODDS_KINDS,
+        bootstrap_samples=section.bootstrap_samples,
+        seed=run.config.seed,
+    )
+
+
+def _some(records: list, count: int) -> list:
+    """At most `count` records, evenly from all."""
+    if len(records) <= count:
+        return list(records)
+    return [records[i] for i in np.linspace(0, len(records) - 1, count).round().astype(int)]
+
+
+def scored(run, score, sets: list[list[formats.Pair]]) -> list[gate_measures.Pairs]:
+    """The pairs of each set that config.data keeps, with their scores; all in batches of one shape."""
+    longest, size = run.config.data.completion_tokens + 1, run.config.gate.batch_size
+    encode = lambda text: run.tokenizer.encode_completion(text, longest, allow_truncation=True)
+    encoded = []
+    for pairs in sets:
+        ids = [(pair, run.encode_prompt(pair.prompt, pair.row)) for pair in pairs]
+        encoded.append([(p, i, (encode(p.chosen), encode(p.rejected))) for p, i in ids if i is not None])
+        if pairs and not encoded[-1]:
+            raise InputError(all_dropped(len(pairs), run.config.data.prompt_tokens))
+    everything = [one for part in encoded for one in part]
+    lengths = {
+        "prompt_length": max((len(ids) for _, ids, _ in everything), default=1),
+        "completion_length": max((len(c) for _, _, two in everything for c in two), default=1),
+    }
+    found = []
+    for part in encoded:
+        scores = []
+        for start in range(0, len(part), size):
+            run.stop.check("gate")
+            _, prompts, completions = zip(*part[start : start + size], strict=True)
+            batch = batching.group(
+                prompts, completions, **lengths, pad_id=run.tokenizer.pad_id, batch_size=size
+            )
+            scores.append(score(batch)[: len(prompts)])
+        found.append(_pairs([pair for pair, _, _ in part], scores, [two for _, _, two in part]))
+    return found
+
+
+def _pairs(pairs, scores, completions) -> gate_measures.Pairs:
+    scores = np.concatenate(scores) if scores else np.zeros((0, 2))
+    _check_finite(scores, "completions of pairs")
+    rows = [pair.row.fields if pair.row is not None else {} for pair in pairs]
+    gold = None
+    if rows and all({"gold_0", "gold_1", "choice"} <= row.keys() for row in rows):
+        gold = [[row[f"gold_{row['choice']}"], row[f"gold_{1 - row['choice']}"]] for row in rows]
+    return gate_measures.Pairs(
+        scores,
+        [[len(ids) for ids in two] for two in completions],
+        [str(pair.prompt) for pair in pairs],
+        [_source(pair) for pair in pairs],
+        gold,
+    )
+
+
+def _source(pair) -> str:
+    """Where a pair is from: what its record says, else its file."""
+    if pair.row is None:
+        return ""
+    named = [pair.row.fields.get(name) for name in ("source", "dataset")]
+    return next((x for x in named if isinstance(x, str) and x), os.path.basename(pair.row.source))
+
+
+def preview(run, score, prompts) -> gate_measures.Samples:
+    """Samples of the starting policy for the first prompts, as RL draws them, by a random stream of the gate's own."""
+    section, pad_id = run.config.gate, run.tokenizer.pad_id
+    chosen = prompts[: section.preview_prompts]
+    ways = math.prod(run.mesh.shape[axis] for axis in ("data", "fsdp"))
+    size = min(section.batch_size, -(-len(chosen) // ways) * ways)
+    length = max(len(ids) for _, ids in chosen)
+    network, sampling = run.network(), run.sampling(section.preview_completions)
+    rule = rules.RULES[run.gold] if run.gold else None
+    scores, tokens, gold = [], [], []
+    for start in range(0, len(chosen), size):
+        run.stop.check("gate")
+        part = chosen[start : start + size]
+        filled = [ids for _, ids in part] + [part[-1][1]] * (size - len(part))
+        asked = run.put(batching.pad_prompts(filled, length, pad_id))
+        key = jax.random.fold_in(run.rng("gate"), start)
+        batch = rollout.sample(network, run.base, Role(), asked, key, sampling)
+        scores.append(score(batch)[: len(part)])
+        tokens.append(np.asarray(batch.completion_mask.sum(-1))[: len(part)])
+        if rule is not None:
+            for (record, _), texts in zip(part, rollout.texts(run.tokenizer, batch), strict=False):
+                text = readable(getattr(record, "text", None) or record.prompt)
+                gold.append(rule([text] * len(texts), texts))
+    _check_finite(np.concatenate(scores), "samples")
+    gold = np.array(gold, np.float64) if rule is not None else None
+    return gate_measures.Samples(np.concatenate(scores), np.concatenate(tokens), gold)
+
+
+def _check_finite(scores, what):
+    wrong = np.size(scores) - np.isfinite(scores).sum()
+    if wrong:
+        raise NumericsError(
+            f"the reward model gives {wrong} of {np.size(scores)} {what} a score that is not finite. Lower "
+            "config.reward_model.optimizer.learning_rate, or look at the base model."
+        )
+
+
+def tell(console, found: dict) -> None:
+    """A short table and the verdict."""
+    rows = [[one["verdict"], one["name"], one["sentence"]] for one in found["findings"]]
+    console.table("gate: can this reward model be trusted?", ["", "", ""], rows)
+    line = f"gate: {found['verdict']}. {found['reason']}"
+    console.note(line) if found["verdict"] == "pass" else console.warn(line)
+
+
+def _digest(role: str) -> str:
+    """Of the files of a saved role, its large ones by their size."""
+    made = hashlib.sha256()
+    for folder, _, names in sorted(os.walk(role)):
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            size = os.path.getsize(path)
+            made.update(f"{os.path.relpath(path, role)} {size} ".encode())
+            if size <= SMALL_FILE:
+                with open(path, "rb") as file:
+                    made.update(file.read())
+    return made.hexdigest()
