@@ -242,8 +242,11 @@ def _check_finite(scores, what):
 
 def tell(console, found: dict) -> None:
     """A short table and the verdict."""
-    rows = [[one["verdict"], one["name"], one["sentence"]] for one in found["findings"]]
-    console.table("gate: can this reward model be trusted?", ["", "", ""], rows)
+    rows = [[one["verdict"], one["name"], one["figures"]] for one in found["findings"]]
+    console.table("gate: can this reward model be trusted?", ["", "looked at", "found"], rows)
+    for one in found["findings"]:
+        if one["verdict"] != "pass" and one["sentence"] != found["reason"]:
+            console.note(f"gate: {one['verdict']}: {one['sentence']}")
     line = f"gate: {found['verdict']}. {found['reason']}"
     console.note(line) if found["verdict"] == "pass" else console.warn(line)
 

@@ -38,10 +38,12 @@ class Thresholds:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing looked at. `name` is short; `sentence` has the numbers and, where it is not a pass, what to do."""
+    """One thing looked at. `name` and `figures` are short; `sentence` has the numbers and, where it is not a pass, what
+    to do."""
 
     name: str
     verdict: str
+    figures: str
     sentence: str
 
 
@@ -98,12 +100,14 @@ def _without_evidence(m, t):
         yield Finding(
             "Memorised",
             "refuse",
+            f"training loss {train['value']:.2g}",
             f"It knows its training pairs by heart (loss {train['value']:.2g} nats{_times(m)}) and no pair was held "
             "out, so nothing shows that it understands a new one: set config.data.held_out_pairs or eval_preferences.",
         )
     yield Finding(
         "Held-out pairs",
         "warn",
+        "none",
         "No pair was held out, so nothing shows whether it is right: set config.data.held_out_pairs or "
         "config.data.eval_preferences.",
     )
@@ -114,6 +118,7 @@ def _few(m, t):
         yield Finding(
             "Held-out pairs",
             "warn",
+            str(m["held_out_pairs"]),
             f"Only {m['held_out_pairs']} pairs were held out, too few to refuse or to trust anything: hold out "
             f"{t.min_pairs} or more (config.data.held_out_pairs, at most a fifth of the pairs).",
         )
@@ -135,15 +140,17 @@ def _memorised(m, t):
         f"{percent(m['train_accuracy']['value'])} right on its training pairs and {ranged(m['accuracy'])} on held-out "
         f"ones, loss {train:.2g} against {held_out:.2g} nats (a coin: 0.69)"
     )
+    figures = f"training {percent(m['train_accuracy']['value'])}, held out {ranged(m['accuracy'])}; "
+    figures += f"loss {train:.2g}, {held_out:.2g}"
     if verdict == "pass":
-        yield Finding("Memorised", verdict, f"{sentence}: what it learned holds for new pairs.")
+        yield Finding("Memorised", verdict, figures, f"{sentence}: what it learned holds for new pairs.")
         return
     heart = (
         "It knows its training pairs by heart"
         if train < t.memorised_loss
         else "It learned its training pairs, not the taste"
     )
-    yield Finding("Memorised", verdict, f"{heart}{_times(m)}: {sentence}; {FEWER}.")
+    yield Finding("Memorised", verdict, figures, f"{heart}{_times(m)}: {sentence}; {FEWER}.")
 
 
 def _accuracy(m, t):
@@ -161,7 +168,9 @@ def _accuracy(m, t):
         end = ": that cannot be told from a coin; hold out more pairs, or train on more."
     else:
         end = "."
-    yield Finding("Held-out accuracy", _grade(refused, accuracy["low"] <= COIN), said + end)
+    figures = f"{ranged(accuracy)} of {m['held_out_pairs']}"
+    figures += f"; best possible {percent(m['ceiling'])}" if m["ceiling"] is not None else ""
+    yield Finding("Held-out accuracy", _grade(refused, accuracy["low"] <= COIN), figures, said + end)
 
 
 def _calibrated(m, t):
@@ -180,7 +189,8 @@ def _calibrated(m, t):
         if wrong is not None and wrong > 1 - SURE:
             said += f", and where it is {percent(SURE)} sure it is wrong in {percent(wrong)}"
         end = f"; {FEWER}, or soften the labels (label smoothing)."
-    yield Finding("Calibration", verdict, said + end)
+    figures = f"off by {percent(m['ece'])}; by chance {percent(m['ece_by_chance'])}"
+    yield Finding("Calibration", verdict, figures, said + end)
 
 
 def _saturated(m, t):
@@ -196,7 +206,8 @@ def _saturated(m, t):
             ": its scores lie where the loss no longer tells better from good, so RL gets little to follow; "
         )
         end += f"{FEWER}, or smooth the labels."
-    yield Finding("Saturation", _grade(False, share > t.warn_saturation), said + end)
+    verdict = _grade(False, share > t.warn_saturation)
+    yield Finding("Saturation", verdict, f"{percent(SURE)} sure of {percent(share)} of the pairs", said + end)
 
 
 def _flat(m, t):
@@ -216,7 +227,8 @@ def _flat(m, t):
     if verdict != "pass":
         end = ": it rates the question, not the answer, and RL would see a flat reward; look at what differs between "
         end += "chosen and rejected in the data, and at the learning rate."
-    yield Finding("Answers told apart", verdict, said + end)
+    figures = f"{spread['share']:.0%} of the variance is between answers"
+    yield Finding("Answers told apart", verdict, figures, said + end)
 
 
 def _length(m, t):
@@ -237,15 +249,19 @@ def _length(m, t):
     if refused:
         end = ": it is a ruler, and RL would only learn to write "
         end += f"{'more' if rho > 0 else 'less'}; balance the lengths of the pairs, or penalise length."
-    elif warned:
+    elif abs(rho) > t.warn_length_correlation:
         end = ": expect length to drift in RL; watch completion_length, or balance the lengths of the pairs."
-    yield Finding("Length", verdict, said + end)
+    elif warned:
+        end = ": length alone tells more of the labels than it does; look at what the labels reward."
+    figures = f"rank correlation {rho:+.2f}; rule {percent(share)}, model {percent(m['accuracy']['value'])}"
+    yield Finding("Length", verdict, figures, said + end)
     for row in m["by_length"]:
         one = row["accuracy"]
         if row["group"] != GROUPS[1] and one and row["pairs"] >= t.min_pairs and one["high"] < COIN:
             yield Finding(
                 "Length",
                 "warn",
+                f"{row['group']}: {ranged(one)}",
                 f"Where {row['group']}, it is right in only {ranged(one)} of {row['pairs']} pairs: it takes length for "
                 "quality; balance the lengths of the pairs.",
             )
@@ -263,6 +279,7 @@ def _sources(m, t):
             yield Finding(
                 "Sources",
                 "warn",
+                f"{row['source']}: {ranged(one)}",
                 f"On {row['source']} it is right in only {ranged(one)} of {row['pairs']} pairs, while it is in "
                 f"{percent(m['accuracy']['value'])} of all: look at the labels of that source.",
             )
@@ -274,6 +291,7 @@ def _seen(m, t):
         yield Finding(
             "Held-out pairs",
             "warn",
+            f"{m['seen_pairs']} seen in training",
             f"{m['seen_pairs']} of the {m['held_out_pairs']} held-out pairs are word for word among the training "
             "pairs, so held-out figures flatter it: remove the duplicates.",
         )
@@ -300,19 +318,25 @@ def _previewed(m, t):
             fell_from = p["n"][peak]
             end = f", after a peak at the best of {fell_from}: stop RL early, near {p['kl'][peak]:.2g} nats."
         good = gold >= t.significance * error and not end.startswith(", after")
-        yield Finding("Best of n", _grade(fell, not good), said + end)
+        figures = f"best of {n}: {proxy:+.2g} deviations, true reward {gold:+.3g}"
+        yield Finding("Best of n", _grade(fell, not good), figures, said + end)
     before, after = p["length"][0], p["length"][-1]
+    figures = f"best of {n}: {proxy:+.2g} deviations, {before:.3g} to {after:.3g} tokens"
     growth = after / max(before, 1e-9)
     if max(growth, 1 / max(growth, 1e-9)) > t.warn_length_growth:
         yield Finding(
             "Best of n",
             "warn",
+            figures,
             f"{rise} and {after:.3g} tokens long where the mean is {before:.3g}: length is what it pays for; watch "
             "completion_length in RL.",
         )
     elif p["gold"] is None:
         yield Finding(
-            "Best of n", "pass", f"{rise} and as long as others ({before:.3g} to {after:.3g} tokens)."
+            "Best of n",
+            "pass",
+            figures,
+            f"{rise} and as long as others ({before:.3g} to {after:.3g} tokens).",
         )
 
 
@@ -328,7 +352,8 @@ def _noise(m, t):
         said += "contradict it whatever it is sure of: wrong labels, or its own sure mistakes."
         if noise["low"] > 0:
             said += f" Label smoothing of about {noise['value']:.2f}, or soft labels, would fit them."
-    yield Finding("Label noise", "pass", said)
+    figures = f"{percent(noise['value'])} ({100 * noise['low']:.0f}-{percent(noise['high'])})"
+    yield Finding("Label noise", "pass", figures if noise["told"] else "cannot be told", said)
 
 
 # The order is that of the reason, where several are as bad.

@@ -15,6 +15,7 @@ from rlhf_jax.evaluation.reward_quality import calibration, correlation
 SURE = 0.99  # a probability beyond this, or below 1 - this, counts as saturated
 ALIKE = 0.1  # lengths that differ by at most this share of the longer (or one token) are alike
 BINS = 10
+FEW_GROUPS = 10
 SIMULATED = 200  # sets of labels that tell which calibration error comes by chance
 GROUPS = ("the better one is shorter", "alike in length", "the better one is longer")
 
@@ -146,10 +147,15 @@ LOG_ODDS = float(np.log(SURE / (1 - SURE)))
 
 
 def resampled(values, groups, samples: int, rng) -> np.ndarray:
-    """[samples] means of `values` [N] over groups drawn with replacement; all values of a group go together."""
+    """[samples] means of `values` [N] over groups drawn with replacement; all values of a group go together.
+
+    With fewer than FEW_GROUPS groups these say nothing of groups in general, so values are drawn one by one.
+    """
     values, groups = np.asarray(values, float), np.asarray(groups, int)
     if not len(values):
         return np.full(samples, np.nan)
+    if len(np.unique(groups)) < FEW_GROUPS:
+        groups = np.arange(len(values))
     sums, counts = np.bincount(groups, values), np.bincount(groups)
     sums, counts = sums[counts > 0], counts[counts > 0]
     drawn, step = [], max(1, 4_000_000 // len(sums))
