@@ -71,6 +71,11 @@ def ranged(one) -> str:
     return f"{percent(one['value'])} ({100 * one['low']:.0f}-{percent(one['high'])})"
 
 
+def nats(value) -> str:
+    """Two decimals, or two digits of less."""
+    return f"{value:.2f}" if value >= 0.095 else f"{value:.2g}"
+
+
 def _all_well(m):
     said = f"It agrees with {ranged(m['accuracy'])} of the labels of {m['held_out_pairs']} pairs that it has not seen"
     if m["ceiling"] is not None:
@@ -138,10 +143,10 @@ def _memorised(m, t):
     verdict = _grade(refused and enough, refused or warned)
     sentence = (
         f"{percent(m['train_accuracy']['value'])} right on its training pairs and {ranged(m['accuracy'])} on held-out "
-        f"ones, loss {train:.2g} against {held_out:.2g} nats (a coin: 0.69)"
+        f"ones, loss {nats(train)} against {nats(held_out)} nats (a coin: 0.69)"
     )
     figures = f"training {percent(m['train_accuracy']['value'])}, held out {ranged(m['accuracy'])}; "
-    figures += f"loss {train:.2g}, {held_out:.2g}"
+    figures += f"loss {nats(train)}, {nats(held_out)}"
     if verdict == "pass":
         yield Finding("Memorised", verdict, figures, f"{sentence}: what it learned holds for new pairs.")
         return
@@ -202,9 +207,7 @@ def _saturated(m, t):
     said += f" and of {percent(of_train)} of the training pairs" if of_train is not None else ""
     end = "."
     if share > t.warn_saturation:
-        end = (
-            ": its scores lie where the loss no longer tells better from good, so RL gets little to follow; "
-        )
+        end = ": so sure that how much better an answer is no longer shows in its score; "
         end += f"{FEWER}, or smooth the labels."
     verdict = _grade(False, share > t.warn_saturation)
     yield Finding("Saturation", verdict, f"{percent(SURE)} sure of {percent(share)} of the pairs", said + end)
@@ -308,7 +311,8 @@ def _previewed(m, t):
         gold, error = p["gold"][-1] - p["gold"][0], max(p["gold_error"][-1], 1e-9)
         peak = max(range(len(p["n"])), key=lambda i: p["gold"][i])
         fell = gold < -t.significance * error
-        said = f"{rise}, and its true reward goes from {p['gold'][0]:.3g} to {p['gold'][-1]:.3g} (± {1.96 * error:.2g})"
+        said = f"{rise}, and its true reward goes from {p['gold'][0]:+.2f} to {p['gold'][-1]:+.2f} "
+        said += f"(± {1.96 * error:.2g})"
         end = ": what it likes is better."
         if fell:
             end = ": more of its reward is worse text, so RL would make the text worse; get better labels or more."
@@ -318,7 +322,7 @@ def _previewed(m, t):
             fell_from = p["n"][peak]
             end = f", after a peak at the best of {fell_from}: stop RL early, near {p['kl'][peak]:.2g} nats."
         good = gold >= t.significance * error and not end.startswith(", after")
-        figures = f"best of {n}: {proxy:+.2g} deviations, true reward {gold:+.3g}"
+        figures = f"best of {n}: {proxy:+.2g} deviations, true reward {gold:+.2f}"
         yield Finding("Best of n", _grade(fell, not good), figures, said + end)
     before, after = p["length"][0], p["length"][-1]
     figures = f"best of {n}: {proxy:+.2g} deviations, {before:.3g} to {after:.3g} tokens"
@@ -349,7 +353,7 @@ def _noise(m, t):
         said += f"{percent(noise['high'])} of the labels, or of its surest judgements, may be wrong."
     else:
         said = f"About {percent(noise['value'])} ({100 * noise['low']:.0f}-{percent(noise['high'])}) of the labels "
-        said += "contradict it whatever it is sure of: wrong labels, or its own sure mistakes."
+        said += "go against it however sure it is: wrong labels, or its own sure mistakes."
         if noise["low"] > 0:
             said += f" Label smoothing of about {noise['value']:.2f}, or soft labels, would fit them."
     figures = f"{percent(noise['value'])} ({100 * noise['low']:.0f}-{percent(noise['high'])})"

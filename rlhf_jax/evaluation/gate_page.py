@@ -26,9 +26,10 @@ BADGES = {"pass": ("ok", "fine"), "warn": ("warn", "look"), "refuse": ("bad", "b
 
 def section(found: dict) -> str:
     """Banner, cards, figures and findings as HTML; empty where there is no verdict."""
-    if found.get("verdict") not in HEADLINES:
+    verdict = found.get("verdict")
+    if not isinstance(verdict, str) or verdict not in HEADLINES:
         return ""
-    css, headline = HEADLINES[found["verdict"]]
+    css, headline = HEADLINES[verdict]
     measures = found.get("measures") if isinstance(found.get("measures"), dict) else {}
     banner = (
         f'<div class="verdict {css}"><p class="headline">{page.escape(headline)}</p>'
@@ -88,11 +89,11 @@ def _cards(m):
     )
     card("The best possible", _number(m, "ceiling"), _percent, "the labels themselves are noisy")
     card("Training pairs in the right order", _number(m, "train_accuracy", "value"), _percent,
-         "much more than on new ones: memorised")  # fmt: skip
+         "far above the new ones: memorised")  # fmt: skip
     card(
         "Loss on new pairs", _number(m, "loss", "value"), page.number, "nats; a coin has 0.69, less is better"
     )
-    card("Says 80%, right how often?", _number(m, "ece"), lambda x: f"off by {_percent(x)}", _by_chance(m))
+    card("Its certainty is off by", _number(m, "ece"), _percent, _by_chance(m))
     card(
         "Agrees with the true reward", _number(m, "gold", "accuracy", "value"), _percent, "which it never saw"
     )
@@ -109,8 +110,8 @@ def _by_chance(m):
 def _findings(found):
     rows = []
     for one in as_list(found.get("findings")):
-        if isinstance(one, dict) and one.get("verdict") in BADGES:
-            css, badge = BADGES[one["verdict"]]
+        if isinstance(one, dict) and str(one.get("verdict")) in BADGES:
+            css, badge = BADGES[str(one["verdict"])]
             rows.append(
                 f'<div class="sign"><span class="badge {css}">{badge}</span><b>{page.escape(one.get("name", ""))}</b>'
                 f"<span>{page.escape(one.get('sentence', ''))}</span></div>"

@@ -37,7 +37,7 @@ def test_every_sweep_loads_and_its_points_pass_the_checks(name, size):
     for point in plan.points:
         assert point.config(1).stages[-1] == "evaluation" and point.config(1).seed == 1
     shared = plan.shared.config(2)
-    assert shared.stages[-1] == "reward_model" and ("sft" in shared.stages) == (size == "tiny")
+    assert shared.stages[-2:] == ("reward_model", "gate") and ("sft" in shared.stages) == (size == "tiny")
 
 
 def test_a_grid_is_every_combination():
@@ -61,9 +61,9 @@ def test_a_grid_is_every_combination():
         ("points=('ppo.steps=4',), seeds=(1, 1)", "different whole numbers"),
         ("points=('ppo.steps=4',), base='configs/nope.py'", "mine.py: .*configs/nope.py does not exist"),
         ("points=(dict(config='configs/nope.py'),)", "mine.py: point nope .*does not exist"),
-        ("points=('sft.steps=4',)", "changes sft.steps, which the shared stages sft, preferences, reward_model read"),
+        ("points=('sft.steps=4',)", "sft.steps, which the shared stages sft, preferences, reward_model, gate read"),
         ("points=('reward_model.kind=ranking',), shared=('sft', 'preferences')", "changes reward_model.kind, which"),
-        ("points=('ppo.steps=4',), shared=('ppo',)", "expected some of sft, preferences, reward_model"),
+        ("points=('ppo.steps=4',), shared=('ppo',)", "expected some of sft, preferences, reward_model, gate"),
         ("points=('ppo.steps=4',), overrides=('pp.steps=4',)", r"no such key; did you mean ppo.steps\?"),
     ],
 )  # fmt: skip

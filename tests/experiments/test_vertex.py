@@ -97,8 +97,8 @@ def test_each_parameter_lands(written, parameter, value, key, expected):
 def test_what_the_pipeline_fixes(written, reference):
     """Batch 64, constant rates 1e-4 and 5e-4, one completion a prompt, greedy inference - whatever the model."""
     config = config_of(written(large_model_reference=reference))
-    check_config(config, ("reward_model", "ppo"))
-    assert config.stages == ("reward_model", "ppo")
+    check_config(config, ("reward_model", "gate", "ppo"))
+    assert config.stages == ("reward_model", "gate", "ppo")
     assert (config.data.prompt_tokens, config.data.completion_tokens) == (512, 64)
     assert config.ppo.kl_coeff == 0.1 and config.ppo.num_completions == 1
     assert config.evaluation.temperature == 0.0 and config.evaluation.num_completions == 1
@@ -113,7 +113,7 @@ def test_what_the_pipeline_fixes(written, reference):
 
 def test_eval_prompts_add_the_evaluation(written):
     config = config_of(written(eval_dataset="eval.jsonl"))
-    assert config.stages == ("reward_model", "ppo", "evaluation")
+    assert config.stages == ("reward_model", "gate", "ppo", "evaluation")
     check_config(config, config.stages)
 
 
