@@ -23,9 +23,15 @@ def test_a_finished_run_was_judged_before_rl(finished):
     assert measures["held_out_pairs"] == quality["held_out_pairs"]
     assert measures["ceiling"] == pytest.approx(quality["ceiling"])
     # Scores are those of the end of its training, but for completions that were cut there: RL ends these, too.
-    limit = cli.load_saved(str(finished), []).data.completion_tokens
-    both = zip(measures["points"]["chosen"], quality["chosen"], strict=True)
-    uncut = [(score, then) for (score, tokens), then in both if tokens <= limit]
+    rows = [json.loads(line) for line in open(finished / "preferences_held_out.jsonl")]
+    run = Run(cli.load_saved(str(finished), []), str(finished), None, None)
+    longest = run.config.data.completion_tokens + 1
+    ends = [
+        run.tokenizer.encode_completion(row[f"candidate_{row['choice']}"], longest, allow_truncation=True)[-1]
+        for row in rows
+    ]
+    both = zip(measures["points"]["chosen"], quality["chosen"], ends, strict=True)
+    uncut = [(score, then) for (score, _), then, end in both if end in run.eos_ids]
     assert len(uncut) > 4 and all(score == pytest.approx(then, abs=2e-4) for score, then in uncut)
     preview = measures["preview"]
     assert preview["prompts"] == 8 and preview["n"] == [1, 2, 4] and len(preview["gold"]) == 3
