@@ -69,6 +69,16 @@ def check_stages(run: Run, todo: list[str]) -> None:
             f"config.stages has {online[0]!r}, which needs a reward model, and {run.workdir} has none; put "
             "'reward_model' before it, or name other rewards in config.rewards.components."
         )
+    made = (
+        run.config.data.preferences
+        or "preferences" in run.config.stages
+        or stages.is_done(run, "preferences")
+    )
+    if "gate" in todo and not made:
+        raise InputError(
+            f"config.stages has 'gate', which judges on pairs, and {run.workdir} has none; give "
+            "config.data.preferences, or leave the stage out."
+        )
 
 
 def read_data(run: Run, todo: list[str]) -> None:
