@@ -107,9 +107,9 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         min_pairs=30,  # held-out pairs; with fewer nothing is refused
         min_accuracy=0.55,  # of held-out pairs; refuses if the whole interval is below
         warn_accuracy_gap=0.1,  # training minus held-out accuracy
-        refuse_accuracy_gap=0.2,  # if the whole interval is above
+        refuse_accuracy_gap=0.2,  # if the whole interval is above, and the held-out loss surely above a coin's
         warn_loss_gap=0.25,  # nats, held-out minus training loss
-        refuse_loss_gap=0.5,  # nats, if the whole interval is above, and the held-out loss above a coin's
+        refuse_loss_gap=0.5,  # nats, likewise
         memorised_loss=0.05,  # nats; below, training pairs are known by heart
         warn_ece=0.1,  # calibration error, in probability, beyond what comes by chance
         refuse_ece=0.25,
@@ -293,6 +293,7 @@ def smollm2(config):
     config.ppo.optimizer.update(learning_rate=2e-3, warmup_steps=4, head_multiplier=5.0)
     config.preferences.update(num_pairs=1024, batch_size=64, coin_scale=10.0)
     config.data.held_out_pairs = 192
+    config.gate.preview_prompts = 8
 
 
 def llama2_7b(config):

@@ -89,7 +89,11 @@ def _times(m):
     passes = m.get("passes")
     if not m["train_pairs"]:
         return ""
-    often = f" after {passes:.3g} passes over {m['train_pairs']:,} pairs" if passes else ""
+    often = (
+        f" after {passes:.3g} pass{'' if passes == 1 else 'es'} over {m['train_pairs']:,} pairs"
+        if passes
+        else ""
+    )
     return often or f" of {m['train_pairs']:,} pairs"
 
 
@@ -135,9 +139,9 @@ def _memorised(m, t):
         return
     enough = m["held_out_pairs"] >= t.min_pairs
     train, held_out = m["train_loss"]["value"], m["loss"]["value"]
-    refused = gap["low"] > t.refuse_accuracy_gap
-    # A loss above a coin's: its probabilities mislead on new pairs.
-    refused |= loss_gap["low"] > t.refuse_loss_gap and m["loss"]["low"] > COIN_LOSS
+    far = gap["low"] > t.refuse_accuracy_gap or loss_gap["low"] > t.refuse_loss_gap
+    # A gap alone is no harm; with a loss above a coin's its probabilities mislead on new pairs.
+    refused = far and m["loss"]["low"] > COIN_LOSS
     warned = gap["value"] > t.warn_accuracy_gap and gap["low"] > 0
     warned |= loss_gap["value"] > t.warn_loss_gap and loss_gap["low"] > 0
     verdict = _grade(refused and enough, refused or warned)
@@ -150,12 +154,12 @@ def _memorised(m, t):
     if verdict == "pass":
         yield Finding("Memorised", verdict, figures, f"{sentence}: what it learned holds for new pairs.")
         return
-    heart = (
-        "It knows its training pairs by heart"
-        if train < t.memorised_loss
-        else "It learned its training pairs, not the taste"
-    )
-    yield Finding("Memorised", verdict, figures, f"{heart}{_times(m)}: {sentence}; {FEWER}.")
+    told = "It knows its training pairs better than new ones"
+    if train < t.memorised_loss:
+        told = "It knows its training pairs by heart"
+    elif refused:
+        told = "It learned its training pairs, not the taste behind them"
+    yield Finding("Memorised", verdict, figures, f"{told}{_times(m)}: {sentence}; {FEWER}.")
 
 
 def _accuracy(m, t):

@@ -74,6 +74,7 @@ CASES = {
         "refuse",
         "by heart after 30 passes over 3,000 pairs",
     ),
+    "by heart, and sound": (lambda: measure(healthy(), by_heart(300, 2)), "warn", "by heart"),
     "a coin": (lambda: measure(labelled(0.5 * margins(1000), a=0)), "refuse", "trained on noise"),
     "a coin, few pairs": (lambda: measure(labelled(0.5 * margins(40), seed=2, a=0)), "warn", "be told from a coin"),
     "sure of itself": (lambda: measure(labelled(20 * margins(400), a=0.02)), "refuse", "differ by"),
