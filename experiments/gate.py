@@ -17,6 +17,7 @@ from rlhf_jax.errors import InputError, NumericsError, Refused
 from rlhf_jax.evaluation import gate, gate_measures, gate_page
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import learned, rules
 from rlhf_jax.training import rollout, stages
 from rlhf_jax.training.algorithms import ALGORITHMS
@@ -36,6 +37,7 @@ def judge_before_rl(run) -> None:
     if LEARNED not in run.config.rewards.components:
         return
     section, path = run.config.gate, run.path(FILE)
+    stops = section.on_refusal == "stop"
     made_of = {"reward_model": _digest(run.role_path("reward_model"))}
     made_of |= {name: section[name] for name in MEASURED_BY}
     kept = read_json(path) if os.path.exists(path) else {}
@@ -49,7 +51,7 @@ def judge_before_rl(run) -> None:
     found = _judged(run, measures) | {"made_of": made_of}
     write_json(path, found)
     tell(run.console, found)
-    if found["verdict"] == "refuse" and section.on_refusal == "stop":
+    if stops and found["verdict"] == "refuse":
         page = gate_page.write(run.path("gate.html"), found, os.path.basename(run.workdir))
         raise Refused(
             f"the gate refuses this reward model. {found['reason']}\nNothing is lost: {page} shows why. Train another "
@@ -152,7 +154,7 @@ def _some(records: list, count: int) -> list:
 
 def scored(run, score, sets: list[list[formats.Pair]]) -> list[gate_measures.Pairs]:
     """The pairs of each set that config.data keeps, with their scores; all in batches of one shape."""
-    longest, size = run.config.data.completion_tokens + 1, run.config.gate.batch_size
+    longest, size = run.config.data.completion_tokens + 1, _rows(run, run.config.gate.batch_size)
     encode = lambda text: run.tokenizer.encode_completion(text, longest, allow_truncation=True)
     encoded = []
     for pairs in sets:
@@ -177,6 +179,12 @@ def scored(run, score, sets: list[list[formats.Pair]]) -> list[gate_measures.Pai
             scores.append(score(batch)[: len(prompts)])
         found.append(_pairs([pair for pair, _, _ in part], scores, [two for _, _, two in part]))
     return found
+
+
+def _rows(run, wanted: int) -> int:
+    """At least `wanted` rows, as many on each device."""
+    ways = math.prod(run.mesh.shape[axis] for axis in dict(sharding.RULES)["batch"])
+    return -(-wanted // ways) * ways
 
 
 def _pairs(pairs, scores, completions) -> gate_measures.Pairs:
@@ -207,8 +215,7 @@ def preview(run, score, prompts) -> gate_measures.Samples:
     """Samples of the starting policy for the first prompts, as RL draws them, by a random stream of the gate's own."""
     section, pad_id = run.config.gate, run.tokenizer.pad_id
     chosen = prompts[: section.preview_prompts]
-    ways = math.prod(run.mesh.shape[axis] for axis in ("data", "fsdp"))
-    size = min(section.batch_size, -(-len(chosen) // ways) * ways)
+    size = _rows(run, min(section.batch_size, len(chosen)))
     length = max(len(ids) for _, ids in chosen)
     network, sampling = run.network(), run.sampling(section.preview_completions)
     rule = rules.RULES[run.gold] if run.gold else None

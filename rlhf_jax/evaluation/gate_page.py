@@ -89,7 +89,7 @@ def _cards(m):
     )
     card("The best possible", _number(m, "ceiling"), _percent, "the labels themselves are noisy")
     card("Training pairs in the right order", _number(m, "train_accuracy", "value"), _percent,
-         "far above the new ones: memorised")  # fmt: skip
+         "if far above: memorised")  # fmt: skip
     card(
         "Loss on new pairs", _number(m, "loss", "value"), page.number, "nats; a coin has 0.69, less is better"
     )
