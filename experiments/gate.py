@@ -68,9 +68,12 @@ def is_done(run) -> bool:
     if online and all(run.has_role(stage) for stage in online):
         return True
     path = run.path(FILE)
-    if not os.path.exists(path):
+    if not os.path.exists(path) or not run.has_role("reward_model"):
         return False
-    return read_json(path).get("verdict") in ("pass", "warn") or run.config.gate.on_refusal == "warn"
+    found = read_json(path)
+    if found["made_of"]["reward_model"] != _digest(run.role_path("reward_model")):
+        return False
+    return found["verdict"] != "refuse" or run.config.gate.on_refusal == "warn"
 
 
 def judge_on(run, pairs, output: str, about: dict) -> dict:
