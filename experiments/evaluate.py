@@ -83,11 +83,14 @@ def judge(flags, overrides) -> None:
     if not flags.data:
         raise InputError("--reward_model needs --data: labelled pairs that it was not trained on.")
     config = cli.load_saved(flags.reward_model, [])
-    if "gate" not in config:  # begun before there was one
-        from configs import common
+    from configs import common
 
-        with config.unlocked():
-            config.gate = common.get_config().gate
+    with config.unlocked():  # a run of before there was a gate, or kinds of reward models, lacks their keys
+        for name, default in common.get_config().items():
+            if name not in config:
+                config[name] = default
+            elif hasattr(default, "items"):
+                config[name] = {**default, **config[name]}
     config = cli.override(config, overrides)
 
     from experiments import gate, pipeline

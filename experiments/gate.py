@@ -19,9 +19,11 @@ from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import learned, rules
-from rlhf_jax.training import rollout, stages
+from rlhf_jax.training import reward_stage, rollout, stages
 from rlhf_jax.training.algorithms import ALGORITHMS
-from rlhf_jax.training.run import all_dropped, tell_cut
+from rlhf_jax.training.algorithms.reward_models import KINDS
+from rlhf_jax.training.algorithms.reward_records import Scale
+from rlhf_jax.training.run import all_dropped, settings_of, tell_cut
 from rlhf_jax.training.scoring import LEARNED
 from rlhf_jax.training.workdir import read_json, write_json
 
@@ -30,6 +32,14 @@ MEASURED_BY = ("batch_size", "max_pairs", "preview_prompts", "preview_completion
 SMALL_FILE = 2**20  # bytes; of larger ones, frozen weights say, the size stands for the content
 # Kinds of reward models whose difference of scores is trained to be the log-odds of a label.
 LOG_ODDS_KINDS = ("pairwise", "token_level", "ranking")
+ONE_RECORD_A_PAIR = ("pairwise", "token_level")
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged(formats.Pair):
+    """A pair with the gold rewards of its two sides, where they are known."""
+
+    gold: tuple[float, float] | None = None
 
 
 def judge_before_rl(run) -> None:
@@ -44,7 +54,7 @@ def judge_before_rl(run) -> None:
     if kept.get("made_of") == made_of:
         measures = kept["measures"]
     else:
-        train, held_out = stages.preference_pairs(run)
+        train, held_out = pairs_of(run)
         prompts = run.encoded_prompts["held_out"] or prompts_of(run, held_out)
         coin_scale = None if run.config.data.preferences else run.config.preferences.coin_scale
         measures = measured(run, train, held_out, prompts, coin_scale)
@@ -79,12 +89,13 @@ def is_done(run) -> bool:
 def judge_on(run, pairs, output: str, about: dict) -> dict:
     """gate.json and gate.html in `output`: the workdir's reward model on any pairs. about: JSON, told on the page."""
     try:
-        train = stages.preference_pairs(run)[0]
+        train = pairs_of(run)[0]
     except (InputError, OSError):
         train = []
         run.console.note(
             "the pairs that it was trained on are not there: nothing tells whether it memorised them"
         )
+    pairs = as_pairs(pairs, KINDS["pairwise"].pairs(pairs))
     measures = measured(run, train, pairs, prompts_of(run, pairs), None)
     found = _judged(run, measures) | {"about": about}
     os.makedirs(output, exist_ok=True)
@@ -93,6 +104,34 @@ def judge_on(run, pairs, output: str, about: dict) -> dict:
     tell(run.console, found)
     run.console.note(f"page: {page}")
     return found
+
+
+def pairs_of(run) -> tuple[list[Judged], list[Judged]]:
+    """(training pairs, held-out pairs) that the records of the model's kind amount to; of a gated one, its gate's."""
+    settings = settings_of("reward_model", run.config.reward_model)
+    kind, sets = KINDS[settings.kind], stages.reward_records(run)
+    scale = Scale.of(settings, sets[0]) if kind.rated else None
+    if kind.gated:
+        kind, sets = KINDS["pairwise"], reward_stage.gate_pairs(run, *sets, scale)
+    return tuple(as_pairs(records, kind.pairs(records, scale)) for records in sets)
+
+
+def as_pairs(records, found) -> list[Judged]:
+    """found: [((record, completion) of the better, of the worse)]."""
+    gold = reward_stage.golds(records)
+
+    def texts(record):
+        if isinstance(record, formats.Pair):
+            return record.chosen, record.rejected
+        return record.completions if isinstance(record, formats.Ranking) else (record.completion,)
+
+    def judged(better, worse):
+        (i, g), (j, h) = better, worse
+        known = None if gold is None or h >= len(gold[j]) else (gold[i][g], gold[j][h])
+        record = records[i]
+        return Judged(record.prompt, texts(record)[g], texts(records[j])[h], row=record.row, gold=known)
+
+    return [judged(*two) for two in found]
 
 
 def prompts_of(run, pairs) -> list[tuple]:
@@ -114,7 +153,7 @@ def _judged(run, measures):
 def measured(run, train, held_out, prompts, coin_scale: float | None) -> dict:
     """gate_measures.measure of the workdir's reward model.
     Args:
-      train, held_out: formats.Pair each. prompts: (record, ids) each, of the preview.
+      train, held_out: Judged each. prompts: (record, ids) each, of the preview.
       coin_scale: of the coin that labelled them, where one did.
     """
     section = run.config.gate
@@ -133,16 +172,17 @@ def measured(run, train, held_out, prompts, coin_scale: float | None) -> dict:
         pairs = scored(run, score, some)
         samples = preview(run, score, prompts) if section.preview_prompts and prompts else None
     tell_cut(run, "gate")
-    report = run.path("reward_model.json")
-    kind = read_json(report).get("kind", "pairwise") if os.path.exists(report) else "pairwise"
+    how = run.config.reward_model
     return gate_measures.measure(
         *pairs,
         samples,
         train_pairs=len(train),
-        passes=meta["step"] * run.config.reward_model.batch_size / len(train) if train else None,
+        passes=meta["step"] * how.batch_size / len(train)
+        if train and how.kind in ONE_RECORD_A_PAIR
+        else None,
         seen=twice,
         coin_scale=coin_scale,
-        probabilities=kind in LOG_ODDS_KINDS,
+        probabilities=how.kind in LOG_ODDS_KINDS and how.members == 1,  # members are in deviations each
         bootstrap_samples=section.bootstrap_samples,
         seed=run.config.seed,
     )
@@ -155,7 +195,7 @@ def _some(records: list, count: int) -> list:
     return [records[i] for i in np.linspace(0, len(records) - 1, count).round().astype(int)]
 
 
-def scored(run, score, sets: list[list[formats.Pair]]) -> list[gate_measures.Pairs]:
+def scored(run, score, sets: list[list[Judged]]) -> list[gate_measures.Pairs]:
     """The pairs of each set that config.data keeps, with their scores; all in batches of one shape."""
     longest, size = run.config.data.completion_tokens + 1, _rows(run, run.config.gate.batch_size)
     encode = lambda text: run.tokenizer.encode_completion(text, longest, allow_truncation=True)
@@ -193,10 +233,8 @@ def _rows(run, wanted: int) -> int:
 def _pairs(pairs, scores, completions) -> gate_measures.Pairs:
     scores = np.concatenate(scores) if scores else np.zeros((0, 2))
     _check_finite(scores, "completions of pairs")
-    rows = [pair.row.fields if pair.row is not None else {} for pair in pairs]
-    gold = None
-    if rows and all({"gold_0", "gold_1", "choice"} <= row.keys() for row in rows):
-        gold = [[row[f"gold_{row['choice']}"], row[f"gold_{1 - row['choice']}"]] for row in rows]
+    gold = [pair.gold for pair in pairs]
+    gold = None if not gold or None in gold else gold
     return gate_measures.Pairs(
         scores,
         [[len(ids) for ids in two] for two in completions],

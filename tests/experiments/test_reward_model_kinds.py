@@ -49,7 +49,8 @@ def test_configs_load_at_every_size_and_every_kind_has_one():
 def test_kinds_run_from_their_configs(finished, one_device, tmp_path, name):
     workdir = tmp_path
     shutil.copytree(finished / "base", workdir / "base")
-    run_small(workdir, *SMALLER, "stages=('preferences','reward_model')", config=f"reward_models/{name}")
+    stages = ("stages=('preferences','reward_model','gate')", "gate.preview_prompts=0")
+    run_small(workdir, *SMALLER, *stages, config=f"reward_models/{name}")
     assert len(losses(workdir, "reward_model")) == 2 and np.isfinite(losses(workdir, "reward_model")).all()
     made = json.loads((workdir / "reward_model.json").read_text())
     assert (
@@ -58,6 +59,10 @@ def test_kinds_run_from_their_configs(finished, one_device, tmp_path, name):
         and len(made["gold"]) == 2 * made["held_out_pairs"]
     )
     assert made["ceiling"] > 0.5
+    judged = json.loads((workdir / "gate.json").read_text())["measures"]  # by the same pairs
+    assert judged["held_out_pairs"] == made["held_out_pairs"]
+    assert judged["ceiling"] == pytest.approx(made["ceiling"])
+    assert judged["probabilities"] == (name in ("token_level", "ranking"))
     own = {"ranking": "top1_accuracy", "classification": "label_accuracy", "regression": "aspects"}.get(name)
     assert list(made["own"]) == ([own] if own else [])
     last = read_metrics(workdir / "metrics.jsonl")[-1]
