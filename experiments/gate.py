@@ -96,7 +96,7 @@ def judge_on(run, pairs, output: str, about: dict) -> dict:
             "the pairs that it was trained on are not there: nothing tells whether it memorised them"
         )
     pairs = as_pairs(pairs, KINDS["pairwise"].pairs(pairs))
-    measures = measured(run, train, pairs, prompts_of(run, pairs), None)
+    measures = measured(run, train, pairs, prompts_of(run, pairs), None, elsewhere=True)
     found = _judged(run, measures) | {"about": about}
     os.makedirs(output, exist_ok=True)
     write_json(os.path.join(output, FILE), found)
@@ -150,11 +150,11 @@ def _judged(run, measures):
     return judged | {"thresholds": dataclasses.asdict(limits), "measures": measures}
 
 
-def measured(run, train, held_out, prompts, coin_scale: float | None) -> dict:
+def measured(run, train, held_out, prompts, coin_scale: float | None, elsewhere=False) -> dict:
     """gate_measures.measure of the workdir's reward model.
     Args:
       train, held_out: Judged each. prompts: (record, ids) each, of the preview.
-      coin_scale: of the coin that labelled them, where one did.
+      coin_scale: of the coin that labelled them, where one did. elsewhere: the held-out ones are other data.
     """
     section = run.config.gate
     role, _, meta = run.load_role("reward_model")
@@ -181,6 +181,7 @@ def measured(run, train, held_out, prompts, coin_scale: float | None) -> dict:
         if train and how.kind in ONE_RECORD_A_PAIR
         else None,
         seen=twice,
+        elsewhere=elsewhere,
         coin_scale=coin_scale,
         probabilities=how.kind in LOG_ODDS_KINDS and how.members == 1,  # members are in deviations each
         bootstrap_samples=section.bootstrap_samples,

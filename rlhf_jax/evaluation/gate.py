@@ -159,7 +159,10 @@ def _memorised(m, t):
         told = "It knows its training pairs by heart"
     elif refused:
         told = "It learned its training pairs, not the taste behind them"
-    yield Finding("Memorised", verdict, figures, f"{told}{_times(m)}: {sentence}; {FEWER}.")
+    end = FEWER
+    if m["elsewhere"] and train >= t.memorised_loss:
+        told, end = "What it learned does not carry over to these pairs", "train it on such pairs"
+    yield Finding("Memorised", verdict, figures, f"{told}{_times(m)}: {sentence}; {end}.")
 
 
 def _accuracy(m, t):

@@ -68,6 +68,7 @@ def measure(
     train_pairs: int = 0,
     passes: float | None = None,
     seen: int = 0,
+    elsewhere: bool = False,
     coin_scale: float | None = None,
     probabilities: bool = True,
     bootstrap_samples: int = 2000,
@@ -79,6 +80,7 @@ def measure(
       train: a sample of those that it was trained on.
       train_pairs, passes: how many there were in all, and how often it saw each.
       seen: held-out pairs that are word for word among the training pairs.
+      elsewhere: whether the held-out pairs are of other data than the training pairs.
       coin_scale: of the Bradley-Terry coin on gold rewards that made the labels, where one did.
       probabilities: False for a model whose difference of scores was not trained to be the log-odds of a label; it is
         then scaled by the one number that fits the held-out labels best.
@@ -96,6 +98,7 @@ def measure(
         "scored_train_pairs": len(train.prompts) if known else 0,
         "passes": passes,
         "seen_pairs": seen,
+        "elsewhere": elsewhere,
         "scale": scale,
         "probabilities": probabilities,
         "accuracy": interval(right, dist),

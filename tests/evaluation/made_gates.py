@@ -74,6 +74,11 @@ CASES = {
         "refuse",
         "by heart after 30 passes over 3,000 pairs",
     ),
+    "elsewhere": (
+        lambda: measure(labelled(margins(900, scale=2), a=0), healthy(600, 9), elsewhere=True),
+        "refuse",
+        "does not carry over to these pairs",
+    ),
     "by heart, and sound": (lambda: measure(healthy(), by_heart(300, 2)), "warn", "by heart"),
     "a coin": (lambda: measure(labelled(0.5 * margins(1000), a=0)), "refuse", "trained on noise"),
     "a coin, few pairs": (lambda: measure(labelled(0.5 * margins(40), seed=2, a=0)), "warn", "be told from a coin"),
