@@ -9,7 +9,7 @@ from configs import ppo
 def get_config(size="tiny"):
     config = ppo.get_config(size)
     first = ("sft", "constitution") if size == "tiny" else ("constitution", "sft")
-    config.stages = (*first, "preferences", "reward_model", "ppo", "evaluation")
+    config.stages = (*first, "preferences", "reward_model", "gate", "ppo", "evaluation")
     if size != "tiny":
         path = config.model.path
         config.preferences.labeller = f"judge:path={path},template=true"  # a second copy of the weights

@@ -56,7 +56,8 @@ def judge_before_rl(run) -> None:
     else:
         train, held_out = pairs_of(run)
         prompts = run.encoded_prompts["held_out"] or prompts_of(run, held_out)
-        coin_scale = None if run.config.data.preferences else run.config.preferences.coin_scale
+        by_coin = not run.config.data.preferences and not run.config.preferences.labeller
+        coin_scale = run.config.preferences.coin_scale if by_coin else None
         measures = measured(run, train, held_out, prompts, coin_scale)
     found = _judged(run, measures) | {"made_of": made_of}
     write_json(path, found)
