@@ -65,14 +65,14 @@ class Rewards(contextlib.AbstractContextManager):
         """
         self.components, self._specs = _components(section), section.components
 
+        options = dict(timeout_seconds=section.timeout_seconds, failure_score=section.failure_score)
+
         def made(spec):
             if spec == LEARNED:
                 return None
             if specs.parse(spec).model:
-                return ModelFunction(spec, log, failure_score=section.failure_score, mesh=mesh)
-            return RewardFunction(
-                spec, log, timeout_seconds=section.timeout_seconds, failure_score=section.failure_score
-            )
+                return ModelFunction(spec, log, failure_score=options["failure_score"], mesh=mesh)
+            return RewardFunction(spec, log, **options)
 
         self._functions = [made(spec) for spec in section.components]
 
