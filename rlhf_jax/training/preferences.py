@@ -51,7 +51,7 @@ def make(run: Run) -> None:
                 "fifth of the prompts is held out) or set config.data.held_out_pairs=0."
             )
     kind = kind_of(run)
-    samples = section.ranking_size if kind == "ranking" else 2
+    samples = {"ranking": section.ranking_size}.get(kind, 2)
     if section.labeller:
         labeller = Labeller(section.labeller, kind, rules.RULES.get(run.config.gold), run.mesh)
         for name, count in wanted.items():
