@@ -99,14 +99,12 @@ def save_encoder(
         )
     backbone = [_renamed(leaf, lambda name: _prefix(config) + name) for leaf in _leaves(config)]
     items = tensors.stored_arrays(backbone, params)
-    dtype = items[0][2].name
     if head is not None:
         leaves = [
             _renamed(leaf, lambda name: _head_prefix(config, name) + name) for leaf in layouts.head(config)
         ]
         items += tensors.stored_arrays(leaves, head)
-    raw = config.to_huggingface() | {"torch_dtype": dtype}
-    huggingface.install_model(path, items, raw, tokenizer, None, shard_bytes)
+    huggingface.install_model(path, items, config.to_huggingface(), tokenizer, None, shard_bytes)
 
 
 def head_shardings(config: BertConfig | DebertaConfig, mesh) -> dict:

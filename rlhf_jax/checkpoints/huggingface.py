@@ -136,8 +136,8 @@ def install_model(
             weight_map = {name: file for file, part in shards.items() for name, *_ in part}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             tensors.write_json(directory, INDEX, index)
-        dtype = config.get("torch_dtype", items[0][2].name)
-        tensors.write_json(directory, "config.json", config | {"torch_dtype": dtype})
+        raw = config | {"torch_dtype": items[0][2].name}  # of the backbone, which comes first
+        tensors.write_json(directory, "config.json", raw)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         if generation is not None:
