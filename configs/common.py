@@ -72,7 +72,8 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
     config.reward_model = stage(steps=64, batch_size=8, learning_rate=3e-4)
     config.reward_model.update(
         # pairwise, token_level (a value at every token), ranking (K ways), classification (accepted or not), regression
-        # (a rating), multi_objective (several, and a gate that weighs them): training/algorithms/reward_models.py.
+        # (a rating), multi_objective (several, and a gate that weighs them): training/algorithms/reward_models.py. Not
+        # decoders, with a tokenizer of their own: encoder, pairrm, steamshp (training/algorithms/text_rewards.py).
         kind="pairwise",
         loss="logsigmoid",  # of pairs; or logexp
         center_coeff=0.01,  # of pairs and rankings: pulls the mean of chosen and rejected to 0
@@ -90,6 +91,10 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         gate_preferences="",  # pairs; empty: what the stage `preferences` made, or pairs of the ratings
         verbosity="tokens",  # what every aspect is freed of: the number of tokens, an aspect, or nothing
         decorrelation="spearman",  # or pearson: the correlation with it that vanishes
+        backbone="tiny",  # of encoder, pairrm and steamshp, trained whole: self-made, a hub id, or a directory
+        backbone_learning_rate=1e-5,  # of these, in the place of optimizer.learning_rate
+        objective="pairwise",  # of encoder: or classification, regression
+        encoder_pooling="cls",  # the head reads the state at the first token; mean: the mean of all
         members=1,  # of an ensemble: as many reward models of other seeds
         combine="mean_std",  # their scores: mean - spread_coeff * deviation; or mean_variance, worst
         spread_coeff=1.0,
@@ -275,7 +280,7 @@ def tiny(config):
     config.sft.update(steps=300, batch_size=32, train="full")
     config.sft.optimizer.learning_rate = 3e-3
     config.preferences.update(num_pairs=4096, batch_size=128, coin_scale=10.0)
-    config.reward_model.update(steps=192, batch_size=32)
+    config.reward_model.update(steps=192, batch_size=32, backbone_learning_rate=1e-3)
     config.reward_model.optimizer.update(learning_rate=5e-3, head_multiplier=3.0)
     config.ppo.update(steps=24, batch_size=32, num_completions=2)
     config.ppo.optimizer.learning_rate = 3e-3

@@ -40,9 +40,9 @@ def command(argv):
     console = Console()
     run = Run(config, flags.workdir, console, StopRequest())
     if flags.role == "reward_model":
-        export_reward_model(run, flags.output)
+        name = export_reward_model(run, flags.output)
         console.note(
-            f"reward model written to {flags.output}; decoder:path={flags.output} names it as a reward"
+            f"reward model written to {flags.output}; {name}:path={flags.output} names it as a reward"
         )
         return
     stage = tuned_stage(run)
@@ -61,13 +61,20 @@ def command(argv):
     console.note(f"weights of stage {stage} written to {flags.output}")
 
 
-def export_reward_model(run, output: str) -> None:
-    """Base, adapter and head in one checkpoint with its tokenizer."""
+def export_reward_model(run, output: str) -> str:
+    """Base, adapter and head in one checkpoint with its tokenizer. Returns what config.rewards.components calls it."""
     import jax
 
     from rlhf_jax.checkpoints import huggingface
+    from rlhf_jax.checkpoints import roles as role_files
     from rlhf_jax.models import lora, roles
+    from rlhf_jax.rewards.models.catalogue import MODELS
 
+    path = run.role_path("reward_model")
+    kind = role_files.read_meta(path).get("kind")
+    if kind in MODELS:
+        shutil.copytree(path, output, dirs_exist_ok=True)
+        return kind
     role, settings, _ = run.load_role("reward_model")
     weights = role.params(run.base)
     if role.depth is not None:
@@ -77,6 +84,7 @@ def export_reward_model(run, output: str) -> None:
     config = roles.shallower(run.model.config, role.depth)
     head = role.head["kernel"][:, None]
     huggingface.save_scorer(output, config, weights, head, run.tokenizer.tokenizer, role.pooling)
+    return "decoder"
 
 
 def tell_suffix(output: str, meta: dict, console) -> None:

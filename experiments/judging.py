@@ -22,9 +22,10 @@ def side_by_side_and_report(run) -> None:
     policy, _, meta = run.load_role(name) if name else (Role(), None, {})
     base = run.raw_base if name == "sft" else run.base
     rewards = Rewards(config.rewards, run.console.warn, run.mesh)
-    reward = None
+    reward, units = None, (meta.get("reward_mean", 0.0), meta.get("reward_std", 1.0))
     if run.has_role("reward_model") and rewards.learned:
-        reward = (run.load_role("reward_model")[0], meta.get("reward_mean", 0.0), meta.get("reward_std", 1.0))
+        reward = run.load_reward()
+    by_text = reward is not None and not isinstance(reward, Role)
     if section.best_of > 1 and rewards.learned and reward is None:
         raise InputError(
             f"config.evaluation.best_of is {section.best_of}, and there is no reward model to choose by: put "
@@ -65,18 +66,22 @@ def side_by_side_and_report(run) -> None:
                     tokenizer=run.tokenizer,
                     put=run.put,
                     rng=run.rng("evaluation"),
-                    reward=reward,
+                    reward=None if reward is None or by_text else (reward, *units),
                     against=against,
                     vocab_chunk=config.model.vocab_chunk,
                     check=lambda: run.stop.check("evaluation"),
                     suffix=tuple(meta.get("prompt_suffix_ids", ())) if side == "tuned" else (),
                     rounds=n,
                 )
+            found[side] = side_by_side.with_gold(sampled, texts, gold)
+        asked = [prompt for prompt, _ in prompts]
+        if by_text:
+            score_by_text(reward, units, asked, found)
+        for side, n in (("untuned", 1), ("tuned", section.best_of)):
+            sampled = found[side]
             if rewarded and not rewards.plain:
-                asked = [prompt for prompt, _ in prompts]
                 total, _ = rewards.total(sampled.get("reward"), asked, sampled["texts"], normalise=False)
                 sampled["reward"] = np.asarray(total)
-            found[side] = side_by_side.with_gold(sampled, texts, gold)
             if n > 1:
                 best_of = {"n": n, "curve": best_of_n.means_by_n(found[side], n)}
                 found[side] = best_of_n.choose(found[side], n)
@@ -90,6 +95,20 @@ def side_by_side_and_report(run) -> None:
     )
     report.write_report(run.workdir, kl_limit=section.max_kl)
     curves.save_summary_png(run.workdir)
+
+
+def score_by_text(reward, units, prompts, found: dict) -> None:
+    """`reward` [N, G] of both sides, asked together: rewards that compare then say which side is better.
+
+    units: (mean, deviation) of raw rewards on samples of the reference.
+    """
+    mean, std = units
+    together = [
+        [*one, *other] for one, other in zip(*(side["texts"] for side in found.values()), strict=True)
+    ]
+    scores = np.float32((reward.score([prompt.text for prompt in prompts], together) - mean) / std)
+    first = len(found["untuned"]["texts"][0])
+    found["untuned"]["reward"], found["tuned"]["reward"] = scores[:, :first], scores[:, first:]
 
 
 def judge_reward_model(run, found: HeldOut) -> None:

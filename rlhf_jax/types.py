@@ -41,6 +41,21 @@ class GroupedBatch:
 
 
 @flax.struct.dataclass
+class SequenceBatch:
+    """B records as G sequences each, for networks that read prompt and completions in one: encoders and T5."""
+
+    ids: jax.Array  # [B, G, T] int32, padded on the right
+    mask: jax.Array  # [B, G, T] int32
+    type_ids: jax.Array  # [B, G, T] int32, which text of a pair a token is of
+    weights: jax.Array  # [B, G] float32; 0 takes a sequence out of every loss
+    # As GroupedBatch's.
+    soft_labels: jax.Array | None = None
+    margins: jax.Array | None = None
+    targets: jax.Array | None = None
+    target_mask: jax.Array | None = None
+
+
+@flax.struct.dataclass
 class Completions:
     """What the sampler returns. Ids after the end are pad; the mask covers the end token itself."""
 

@@ -8,7 +8,11 @@ tensors are `pretrained_model.*` for the backbone and `head_layer.1`, `head_laye
 torch Sequential of dropout, linear, tanh, dropout, linear). Read in github.com/yuchenlin/LLM-Blender:
 llm_blender/pair_ranker/{pairrm,ranker,model_util}.py and llm_blender/blender/blender_utils.py."""
 
+import dataclasses
 import os
+
+import jax
+import jax.numpy as jnp
 
 from rlhf_jax.checkpoints import tensors
 from rlhf_jax.errors import InputError
@@ -34,6 +38,22 @@ _V3 = {
     "layer_norm_eps": 1e-7,
     "architectures": ["DebertaV2PairRM"],
 }
+
+
+def with_markers(config: DebertaConfig, params: dict, tokenizer, rng) -> tuple[DebertaConfig, dict]:
+    """(config with the ids of the markers, params with a row for each): a backbone becomes PairRM's.
+
+    tokenizer: of transformers; the markers that it lacks are added to it. New rows are drawn as the others were;
+    microsoft/deberta-v3 has rows to spare, which are used as they are.
+    """
+    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKER_TOKENS)})
+    ids = tuple(tokenizer.convert_tokens_to_ids(list(MARKER_TOKENS)))
+    table, rows = params["words"]["embedding"], max(config.vocab_size, 1 + max(ids))
+    if rows > config.vocab_size:
+        shape = (rows - config.vocab_size, table.shape[1])
+        new = config.initializer_range * jax.random.normal(rng, shape, table.dtype)
+        params = params | {"words": {"embedding": jnp.concatenate([table, new])}}
+    return dataclasses.replace(config, vocab_size=rows, marker_ids=ids), params
 
 
 def ranker_config(directory: str, raw: dict, found: dict) -> DebertaConfig:

@@ -1,9 +1,11 @@
 """A finished role on disk: roles/NAME/ with its adapter in PEFT's format, its own weights in Hugging Face's, its head
 and gate in safetensors, and role.json with what else belongs to it, how a score is read among it; the members of an
-ensemble each in a directory of its own. Written whole or not at all.
+ensemble each in a directory of its own. A reward model that is no decoder is a Hugging Face directory with its own
+tokenizer. Written whole or not at all.
 
 Later stages, evaluation and export read these, so none of them needs the optimizer's checkpoint."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.checkpoints import huggingface, peft
+from rlhf_jax.checkpoints import encoders, huggingface, peft, tensors
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import LlamaConfig
+from rlhf_jax.models.encoder_config import BertConfig, DebertaConfig, T5Config
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.readout import Readout
 from rlhf_jax.models.roles import Role, shallower
@@ -34,25 +37,58 @@ def save_role(
     """meta: JSON, small. lora: of the adapter, None without one."""
     from safetensors.numpy import save_file
 
+    with _whole(path) as fresh:
+        if role.adapter is not None:
+            peft.save_adapter(fresh, role.adapter, lora)
+        if role.base is not None:
+            huggingface.save_llama(fresh, config, role.base, tokenizer)
+        for part, file in ((role.head, HEAD), (role.gate, GATE)):
+            if part is not None:
+                arrays = {name: np.asarray(jax.device_get(x)) for name, x in part.items()}
+                save_file(arrays, os.path.join(fresh, file))
+        for number, member in enumerate(role.members):
+            save_role(os.path.join(fresh, MEMBER.format(number)), member, config, lora, tokenizer, {})
+        own = {"depth": role.depth, "pooling": role.pooling, "parts": parts_of(role)}
+        own |= {"readout": dataclasses.asdict(role.readout), "members": len(role.members)}
+        _write_meta(fresh, meta | own)
+
+
+def save_text_role(
+    path: str, config: BertConfig | DebertaConfig | T5Config, params: dict, head: dict | None, tokenizer, meta
+) -> None:
+    """A role that is no decoder's: a Hugging Face directory with its own tokenizer, and role.json in it.
+
+    meta: JSON, small; `kind` says how rewards/models read the rest.
+    """
+    with _whole(path) as fresh:
+        if isinstance(config, T5Config):
+            encoders.save_t5(fresh, config, params, tokenizer)
+        else:
+            encoders.save_encoder(fresh, config, params, head, tokenizer)
+        _write_meta(fresh, meta)
+
+
+@contextlib.contextmanager
+def _whole(path: str):
+    """A directory that takes the place of `path` once it is filled."""
     fresh = path + ".new"
     shutil.rmtree(fresh, ignore_errors=True)
     os.makedirs(fresh)
-    if role.adapter is not None:
-        peft.save_adapter(fresh, role.adapter, lora)
-    if role.base is not None:
-        huggingface.save_llama(fresh, config, role.base, tokenizer)
-    for part, file in ((role.head, HEAD), (role.gate, GATE)):
-        if part is not None:
-            arrays = {name: np.asarray(jax.device_get(x)) for name, x in part.items()}
-            save_file(arrays, os.path.join(fresh, file))
-    for number, member in enumerate(role.members):
-        save_role(os.path.join(fresh, MEMBER.format(number)), member, config, lora, tokenizer, {})
-    with open(os.path.join(fresh, META), "w", encoding="utf-8") as file:
-        own = {"depth": role.depth, "pooling": role.pooling, "parts": parts_of(role)}
-        own |= {"readout": dataclasses.asdict(role.readout), "members": len(role.members)}
-        json.dump(meta | own, file, indent=1)
+    yield fresh
     shutil.rmtree(path, ignore_errors=True)
     os.rename(fresh, path)
+
+
+def _write_meta(path: str, meta: dict) -> None:
+    with open(os.path.join(path, META), "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1)
+
+
+def read_meta(path: str) -> dict:
+    """What was saved beside the arrays.  Raises: InputError if there is no role, or it cannot be read."""
+    if not exists(path):
+        raise InputError(f"{path} holds no finished role; run the stage that makes it first.")
+    return tensors.read_json(os.path.join(path, META), "what belongs to a role")
 
 
 def parts_of(role: Role) -> list[str]:

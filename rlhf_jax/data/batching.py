@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.types import GroupedBatch
+from rlhf_jax.types import GroupedBatch, SequenceBatch
 
 # --- arrays
 
@@ -165,6 +165,18 @@ class ResumableData:
             "batch_size": self.batch_size,
             **self._identity,
         }
+
+
+def sequences(records: Sequence, *, length: int, pad_id: int, batch_size: int | None = None) -> SequenceBatch:
+    """Records of G (ids, type ids) each, G the same in all, as one batch; filled up to `batch_size` with rows of weight
+    0 that repeat the last."""
+    rows, G = max(batch_size or 0, len(records)), len(records[0])
+    ids, mask, types = (np.full((rows, G, length), fill, np.int32) for fill in (pad_id, 0, 0))
+    for b, record in enumerate([*records, *records[-1:] * (rows - len(records))]):
+        for g, (one, of_type) in enumerate(record):
+            ids[b, g, : len(one)], mask[b, g, : len(one)], types[b, g, : len(one)] = one, 1, of_type
+    weights = np.repeat((np.arange(rows) < len(records))[:, None], G, axis=1).astype(np.float32)
+    return SequenceBatch(ids, mask, types, weights)
 
 
 def record_hashes(records: Sequence) -> list[str]:

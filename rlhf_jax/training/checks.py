@@ -17,7 +17,7 @@ POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_min
             "clip_low", "clip_high", "beta", "discopop_tau", "timeout_seconds", "kl_horizon", "max_kl",
             "head_multiplier", "num_beams", "repetition_penalty", "max_kl_per_token", "cg_iterations",
             "cg_tolerance", "backtrack_factor", "n_step", "reference_sync_mix", "kl_budget_rate", "keep",
-            "num_quantiles", "pool_size", "best_of", "members", "gate_steps",
+            "num_quantiles", "pool_size", "best_of", "members", "gate_steps", "backbone_learning_rate",
             "gate_learning_rate", "gate_width", "gate_layers", "gate_temperature", "rounds", "num_prompts",
             "critique_tokens", "max_pairs", "preview_completions", "bootstrap_samples", "min_pairs", "significance",
             "warn_length_growth")  # fmt: skip
@@ -115,6 +115,22 @@ def check_config(config, known_stages) -> None:
         )
 
 
+def _check_compared(name, config):
+    """A learned reward that compares the completions of a prompt needs as many."""
+    if scoring.LEARNED not in config.rewards.components or "reward_model" not in config:
+        return
+    kind = config.reward_model.kind
+    asked = {f"config.{name}.num_completions": config[name].num_completions}
+    if ALGORITHMS[name].greedy_baseline:
+        asked[f"the greedy completion that {name} compares with"] = 1
+    for key, count in asked.items():
+        if count < reward_models.TEXT_KINDS.get(kind, 1):
+            raise InputError(
+                f"config.reward_model.kind {kind!r} scores a completion by comparing it with others of its prompt; "
+                f"{key} is {count}, expected {reward_models.TEXT_KINDS[kind]} or more."
+            )
+
+
 def _check_values(where, section):
     for name, value in section.items():
         key = f"{where}.{name}"
@@ -153,6 +169,7 @@ def _check_rollouts(name, config):
                 f"config.{name}.value is 'reward', and config.reward_model (kind {settings.kind!r}, members "
                 f"{settings.members}) has no linear head to start a value from; expected own or shared."
             )
+    _check_compared(name, config)
     buffer, longest = config[name].overlong_buffer_tokens, config.data.completion_tokens
     if buffer > longest:
         raise InputError(

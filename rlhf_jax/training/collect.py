@@ -36,7 +36,8 @@ class Collector:
         reward,
         suffix: tuple[int, ...] = (),
     ):
-        """section: the algorithm's, of the config. reward: the learned reward's Role; None without one.
+        """section: the algorithm's, of the config. reward: the learned reward, a Role or (scored by text) a TextReward;
+        None without one.
 
         suffix: ids that the policy, and nobody else, reads after each prompt.
         """
@@ -129,15 +130,30 @@ class Collector:
 
     def score(self, state, chosen, batch):
         """(rewards [B, G], metrics of their components)."""
-        scores, told, controllers = None, {}, state.controllers
+        scores, told, texts, controllers = None, {}, None, state.controllers
+        if self.by_text or not self.rewards.plain:
+            texts = rollout.texts(self.run.tokenizer, batch)
         if self.rewards.learned:
             mean, std = controllers["reward_mean"], controllers["reward_std"]
-            scores, told = self.scorer(self.run.base, self.reward, batch, mean, std)
+            scores, told = self.learned(chosen, batch, mean, std, texts)
         if self.rewards.plain:
             return scores, told
-        texts = rollout.texts(self.run.tokenizer, batch)
         total, metrics = self.rewards.total(scores, [prompt for prompt, _ in chosen], texts, batch.weights)
         return self.run.put(np.asarray(total)), metrics | told
+
+    @property
+    def by_text(self) -> bool:
+        """Whether the learned reward has a tokenizer of its own."""
+        return self.rewards.learned and not isinstance(self.reward, roles.Role)
+
+    def learned(self, chosen, batch, mean=0.0, std=1.0, texts=None):
+        """(normalised learned rewards [B, G], metrics). texts: of the batch, if they are known."""
+        if not self.by_text:
+            return self.scorer(self.run.base, self.reward, batch, mean, std)
+        texts = texts or rollout.texts(self.run.tokenizer, batch)
+        raw = self.reward.score([prompt.text for prompt, _ in chosen], texts)
+        mean, std = jax.device_get((mean, std))
+        return self.run.put(np.float32((raw - mean) / std)), {}
 
     def rows(self, chosen, batch):
         """(host metrics, one row a prompt for completions/STAGE.jsonl). Waits for the device."""
@@ -147,9 +163,8 @@ class Collector:
     def reward_statistics(self, batches, key) -> dict:
         """Mean and deviation of the raw learned reward over samples of the reference on batches of prompts."""
         arrays = [self.arrays(chosen) for chosen in batches]
-        return rollout.reward_statistics(
-            self.network, self.run.base, self.reward, arrays, key, self.sampling, self.scorer
-        )
+        score = lambda number, batch: self.learned(batches[number], batch)[0]
+        return rollout.reward_statistics(self.network, self.run.base, arrays, key, self.sampling, score)
 
     def arrays(self, chosen, suffix=()):
         run, prompts = self.run, [[*ids, *suffix] for _, ids in chosen]

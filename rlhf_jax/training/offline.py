@@ -2,6 +2,7 @@
 
 Knows no algorithm: it reads the table. What comes out of the loop is left in roles/STAGE."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -33,6 +34,18 @@ def offline(
     run.save_role(name, role, {"step": step})
 
 
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """What `fit` trains where that is no role of the run's decoder: its network, its batches, where its weights lie."""
+
+    network: object  # what the objective is handed
+    make_batch: Callable  # (records, batch_size or None) -> batch
+    lengths: tuple[int, ...]  # of every batch, in tokens
+    tokenizer: str  # its fingerprint
+    shardings: dict  # of the trained
+    what: str  # the network, for the reader
+
+
 def fit(
     run: Run,
     name: str,
@@ -48,6 +61,7 @@ def fit(
     member: int = 0,
     read: Callable | None = None,
     judge: Callable = lambda readings: {},
+    apart: Apart | None = None,
 ):
     """Train on groups, as `encode_groups` makes them.
 
@@ -56,12 +70,13 @@ def fit(
       log_as: what checkpoints and metrics are called; empty: the stage's name.
       member: of an ensemble; each sees the records in an order of its own.
       read: (trained, frozen, batch) -> arrays [B, ...] to keep of the held-out records; None: nothing.
+      apart: None: roles of the run's decoder, on groups.
       judge: what `read` gave of all held-out records -> metrics of these.
     Returns: (the trained role, its steps, what `read` gave [N, ...] on the host; None without records or `read`).
     """
     section = run.config[name] if section is None else section
     algorithm, log_as = algorithm or ALGORITHMS[name], log_as or name
-    network, settings = run.network(), settings_of(name, section)
+    network, settings = run.network() if apart is None else apart.network, settings_of(name, section)
     objective = functools.partial(algorithm.objective, settings, network)
     what = f"{len(records)} records"
     if packed_tokens:
@@ -69,12 +84,16 @@ def fit(
         records, held_out = (packing.pack(groups, packed_tokens) for groups in (records, held_out))
         full = packing.fill_fraction(records, packed_tokens)
         what += f" in {len(records)} rows of {packed_tokens} tokens, {full:.1%} full"
+    elif apart is not None:
+        lengths = apart.lengths
     else:
         lengths = longest([*records, *held_out])
         candidates = most_completions([*records, *held_out])
-    data = resumable(run, records, section.batch_size, lengths, member)
+    data = resumable(run, records, section.batch_size, lengths, member, apart and apart.tokenizer)
 
     def make_batch(chosen, batch_size=None):
+        if apart is not None:
+            return apart.make_batch(chosen, batch_size)
         if packed_tokens:
             return packing.batch(
                 chosen, row_tokens=packed_tokens, pad_id=run.tokenizer.pad_id, batch_size=batch_size
@@ -106,6 +125,8 @@ def fit(
         if packed_tokens:
             metrics["tokens"] = float((batch.segments > 0).sum())
             metrics["fill_fraction"] = metrics["tokens"] / batch.segments.size
+        elif apart is not None:
+            metrics["tokens"] = float(batch.mask.sum())
         else:
             metrics["tokens"] = float(batch.prompt_mask.sum() + batch.completion_mask.sum())
         return state, StepOutput(metrics)
@@ -143,9 +164,16 @@ def fit(
 
     with meshes.activate(run.mesh):
         state = states.create(
-            trained, optimizer, run.rng(name, member), {}, run.model.config, run.mesh, reference=follower
+            trained,
+            optimizer,
+            run.rng(name, member),
+            {},
+            run.model.config if apart is None else None,
+            run.mesh,
+            reference=follower,
+            shardings=apart and apart.shardings,
         )
-        announce(run, log_as, trained, f"{what}, {section.batch_size} a step")
+        announce(run, log_as, trained, f"{what}, {section.batch_size} a step", apart and apart.what)
         state = train(
             log_as,
             state,
@@ -258,11 +286,16 @@ def grouped(
     )
     for row, count in enumerate(counts):
         batch.weights[row, count:] = 0.0
+    return batch.replace(**beside(more[0] if more else [{}], len(batch.prompt_ids), candidates))
+
+
+def beside(fields: list[dict], rows: int, candidates: int) -> dict[str, np.ndarray]:
+    """The arrays beside the tokens of a batch of `rows`, from those of each record."""
     arrays = {}
-    for name in more[0][0] if more else ():
-        parts = [np.asarray(one[name], np.float32) for one in more[0]]
+    for name in fields[0]:
+        parts = [np.asarray(one[name], np.float32) for one in fields]
         shape = (candidates, *parts[0].shape[1:]) if parts[0].ndim else ()
-        arrays[name] = np.full((len(batch.prompt_ids), *shape), FILL.get(name, 0.0), np.float32)
+        arrays[name] = np.full((rows, *shape), FILL.get(name, 0.0), np.float32)
         for row, part in enumerate(parts):
             arrays[name][(row, slice(len(part))) if part.ndim else row] = part
-    return batch.replace(**arrays)
+    return arrays

@@ -33,7 +33,7 @@ def online(run: Run, name: str) -> None:
     algorithm, settings = ALGORITHMS[name], settings_of(name, section)
     network = run.network(run.config.sampling.temperature)
     rewards = Rewards(run.config.rewards, run.console.warn, run.mesh)
-    reward = run.load_role("reward_model")[0] if rewards.learned else None
+    reward = run.load_reward() if rewards.learned else None
     rng, base = run.rng(name), run.base
     trained = {"policy": run.new_role(rng, section.train, base)}
     if "value" in algorithm.trains:
@@ -193,7 +193,7 @@ def example_stream(run: Run, section, updates_a_step: int):
     return rows_of, data.fingerprint()["all_records"]
 
 
-def first_value(run: Run, section, rng, reward: Role | None) -> Role:
+def first_value(run: Run, section, rng, reward) -> Role:
     """The value role before training, by config.value.
 
     shared: a head of zeros on the policy's states. own: such a head on an adapter (or weights) of its own. reward: the
@@ -203,6 +203,10 @@ def first_value(run: Run, section, rng, reward: Role | None) -> Role:
         if reward is None:
             raise InputError(
                 "config.ppo.value is 'reward', but config.rewards.components has no 'learned' to start from."
+            )
+        if not isinstance(reward, Role):
+            raise InputError(
+                "config.ppo.value is 'reward', but the reward model is no decoder; expected own or shared."
             )
         head = readout.linear_head(reward.readout, reward.head)
         value = reward.replace(pooling="last", head=head, readout=readout.Readout())

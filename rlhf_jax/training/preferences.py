@@ -16,6 +16,7 @@ from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import rules
 from rlhf_jax.training import feedback, rollout
+from rlhf_jax.training.algorithms.reward_models import feedback_of
 from rlhf_jax.training.labelling import Labeller
 from rlhf_jax.training.run import Run
 
@@ -25,8 +26,10 @@ GATE_FILES = {"train": "gate_preferences.jsonl", "held_out": "gate_preferences_h
 
 
 def kind_of(run: Run) -> str:
-    """Of the reward model in the config; pairs where it has none."""
-    return run.config.reward_model.kind if "reward_model" in run.config else "pairwise"
+    """Of the records that the reward model in the config reads; pairs where there is none."""
+    if "reward_model" not in run.config:
+        return "pairwise"
+    return feedback_of(run.config.reward_model.kind, run.config.reward_model.objective)
 
 
 def files_of(run: Run) -> list[str]:

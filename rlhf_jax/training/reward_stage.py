@@ -121,7 +121,7 @@ class _Stage:
         """Held-out pairs, of the kinds whose own loss knows none."""
         if found is None or not len(self.pairs):
             return {}
-        better, worse = _at(found["scores"], self.pairs).T
+        better, worse = at_pairs(found["scores"], self.pairs).T
         return {"accuracy": float((better > worse).mean())}
 
     # The gate of aspects
@@ -217,7 +217,7 @@ class _Stage:
         return HeldOut(
             self.settings.kind,
             len((self.gate_train if self.kind.gated else self.train).records),
-            _at(scores, self.pairs),
+            at_pairs(scores, self.pairs),
             None if gold is None else np.array([[gold[i][g] for i, g in pair] for pair in self.pairs]),
             figures,
         )
@@ -233,7 +233,7 @@ def _gated_readout(settings, names) -> Readout:
     return Readout("gated", settings.gate_temperature, index[settings.verbosity])
 
 
-def _at(scores, pairs):
+def at_pairs(scores, pairs):
     """[N, G] scores of records -> [M, 2] of pairs of (record, completion)."""
     return scores[pairs[..., 0], pairs[..., 1]]
 
@@ -296,7 +296,7 @@ def own_figures(kind: str, scale: Scale | None, records, read: dict, judged) -> 
 
 def reward_records(run: Run) -> tuple[list, list]:
     """(training records, held-out records) of the kind, of the config's data or of the stage `preferences`."""
-    data, form = run.config.data, KINDS[run.config[NAME].kind].read
+    data, form = run.config.data, KINDS[preferences.kind_of(run)].read
     if not data.preferences:
         return _made(run, preferences.FILES, form)
     return _split(run, data.preferences, data.eval_preferences, form, together=form is not formats.pairs)

@@ -117,9 +117,12 @@ def sample_rows(
     return metrics, rows
 
 
-def reward_statistics(network: Network, base, reward: Role, prompt_batches, rng, sampling, scorer) -> dict:
-    """Mean and deviation of the raw reward over samples of the reference (the empty role)."""
+def reward_statistics(network: Network, base, prompt_batches, rng, sampling, score) -> dict:
+    """Mean and deviation of the raw reward over samples of the reference (the empty role).
+
+    score: (number of the batch, batch) -> [B, G] raw rewards.
+    """
     draw = functools.partial(sample, network, base, Role(), sampling=sampling)
     batches = [draw(prompts, jax.random.fold_in(rng, i)) for i, prompts in enumerate(prompt_batches)]
-    scores = np.concatenate([np.asarray(scorer(base, reward, b, 0.0, 1.0)[0]).ravel() for b in batches])
+    scores = np.concatenate([np.asarray(score(i, batch)).ravel() for i, batch in enumerate(batches)])
     return {"reward_mean": float(scores.mean()), "reward_std": float(max(scores.std(), 1e-6))}

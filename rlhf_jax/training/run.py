@@ -20,9 +20,11 @@ from rlhf_jax.models.llama import Llama, LlamaConfig
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
+from rlhf_jax.rewards.models.catalogue import MODELS
 from rlhf_jax.sampling.beam import BeamConfig
 from rlhf_jax.sampling.generate import SamplingConfig
 from rlhf_jax.training.algorithms import ALGORITHMS, Network
+from rlhf_jax.training.algorithms.reward_models import TEXT_KINDS
 from rlhf_jax.training.loop import Logging
 from rlhf_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -136,6 +138,12 @@ class Run:
             settings,
             meta,
         )
+
+    def load_reward(self):
+        """The reward model: a Role, or of the kinds with a tokenizer of their own a TextReward (rewards/models)."""
+        path = self.role_path("reward_model")
+        kind = role_files.read_meta(path).get("kind")
+        return MODELS[kind](path, mesh=self.mesh) if kind in TEXT_KINDS else self.load_role("reward_model")[0]
 
     def save_role(self, name: str, role: Role, meta: dict) -> None:
         settings = self.lora if role.adapter is not None or role.members else None
@@ -284,15 +292,20 @@ def held_out(available: int, wanted: int) -> int:
 
 
 def resumable(
-    run: Run, records, batch_size: int, lengths: tuple[int, ...], member: int = 0
+    run: Run,
+    records,
+    batch_size: int,
+    lengths: tuple[int, ...],
+    member: int = 0,
+    tokenizer: str | None = None,
 ) -> batching.ResumableData:
     """Records in an order that depends on the seed (and the member of an ensemble) alone, with a fingerprint of all
-    that decides it."""
+    that decides it. tokenizer: the fingerprint of the records' own; None: of the run's."""
     return batching.ResumableData(
         records,
         seed=run.config.seed + member * MEMBER_SEEDS,
         batch_size=batch_size,
-        identity={"lengths": list(lengths), "tokenizer": run.tokenizer.fingerprint},
+        identity={"lengths": list(lengths), "tokenizer": tokenizer or run.tokenizer.fingerprint},
     )
 
 
@@ -311,15 +324,19 @@ def optimizer_of(section, total_updates: int):
     return make_optimizer(schedule, **fields), schedule
 
 
-def announce(run: Run, stage: str, trained: dict, what: str) -> None:
-    """What is about to run, before the first compilation."""
-    config = run.model.config
+def announce(run: Run, stage: str, trained: dict, what: str, network: str | None = None) -> None:
+    """What is about to run, before the first compilation. network: None: roles of the run's decoder."""
+    of_decoder = network is None
+    if of_decoder:
+        config = run.model.config
+        network = f"{roles.count(run.raw_base) / 1e6:.1f}M base values ({config.num_layers} layers, "
+        network += f"width {config.hidden_size})"
     run.console.note(
-        f"{stage}: {what}; {roles.count(run.raw_base) / 1e6:.1f}M base values ({config.num_layers} layers, "
-        f"width {config.hidden_size}), {roles.count(trained) / 1e6:.2f}M trained; "
+        f"{stage}: {what}; {network}, {roles.count(trained) / 1e6:.2f}M trained; "
         f"mesh {dict(run.mesh.shape)} on {jax.devices()[0].platform}; the first step compiles"
     )
-    tell_cut(run, stage)
+    if of_decoder:
+        tell_cut(run, stage)
 
 
 def tell_cut(run: Run, what: str) -> None:

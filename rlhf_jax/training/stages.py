@@ -6,11 +6,12 @@ import functools
 import os
 
 from rlhf_jax.data import formats
-from rlhf_jax.training import constitution, preferences
+from rlhf_jax.training import constitution, preferences, reward_stage, text_reward_stage
 from rlhf_jax.training.algorithms import ALGORITHMS, preference
+from rlhf_jax.training.algorithms.reward_models import TEXT_KINDS
 from rlhf_jax.training.offline import encode_groups, examples, offline
 from rlhf_jax.training.online import online
-from rlhf_jax.training.reward_stage import preference_pairs, reward_model, reward_records
+from rlhf_jax.training.reward_stage import preference_pairs, reward_records
 from rlhf_jax.training.run import Run, settings_of
 
 
@@ -75,6 +76,12 @@ def tell_imbalance(run: Run, name: str, records) -> None:
             f"{name}: the accepted completions weigh {ratio:.2f} times as much as the others; expected 1 to 1.33: "
             f"config.{name}.desirable_weight between {low:.2f} and {low * 4 / 3:.2f}, now {section.desirable_weight:g}"
         )
+
+
+def reward_model(run: Run, evaluator=None) -> None:
+    """A reward model of config.reward_model.kind. evaluator: (run, HeldOut) -> None, called at the end."""
+    stage = text_reward_stage if run.config.reward_model.kind in TEXT_KINDS else reward_stage
+    stage.reward_model(run, evaluator)
 
 
 __all__ = ["STAGES", "is_done", "judgements", "reward_model", "reward_records"]

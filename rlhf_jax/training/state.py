@@ -33,14 +33,19 @@ def create(
     *,
     reference: Role | None = None,
     memory=None,
+    shardings: dict | None = None,
 ) -> TrainState:
-    """A fresh state, every array placed on the mesh and the state's own: updates donate it. config: LlamaConfig."""
+    """A fresh state, every array placed on the mesh and the state's own: updates donate it.
+
+    config: LlamaConfig, of roles of a decoder. shardings: of `trained` where that is another network; config is then
+    not read.
+    """
     rng = jax.random.fold_in(rng, 0)
-    trained = jax.device_put(trained, trained_shardings(trained, config, mesh))
-    shardings = sharding.optimizer_shardings(
-        optimizer, trained, trained_shardings(trained, config, mesh), mesh
-    )
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
+    if shardings is None:
+        shardings = trained_shardings(trained, config, mesh)
+    trained = jax.device_put(trained, shardings)
+    moments = sharding.optimizer_shardings(optimizer, trained, shardings, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=moments)(trained)
     everywhere = sharding.replicated(mesh)
     controllers = {name: jnp.asarray(value, jnp.float32) for name, value in controllers.items()}
     step, rng, controllers, memory = jax.device_put((jnp.int32(0), rng, controllers, memory), everywhere)

@@ -147,7 +147,7 @@ def test_text_never_becomes_a_special_token_and_keeps_to_its_room(classifier):
 def test_pairrm_reads_its_markers_once_whatever_the_texts_say(classifier):
     path = classifier[1]("pairrm")
     model = catalogue.pairrm(path, candidate_tokens=3)
-    ids, _ = model._input(PROMPTS[1], *COMPLETIONS[1][1:])
+    ids, _ = model.comparison.input(PROMPTS[1], *COMPLETIONS[1][1:])
     assert [i for i in ids if i < 7] == [1, 4, 2, 1, 5, 2, 1, 6, 2]
     assert ids.index(6) - ids.index(5) <= 3 + 3
     scores = model.score(PROMPTS, COMPLETIONS)
@@ -160,14 +160,14 @@ def test_pairrm_reads_its_markers_once_whatever_the_texts_say(classifier):
 def test_steamshp_is_asked_as_its_card_says(tmp_path):
     path = tiny_encoder.make(str(tmp_path / "t5"), CORPUS, "t5", vocab_size=320, width=32)
     model = catalogue.steamshp(path, max_tokens=200)
-    ids, _ = model._input("a\npost", "one\n\nline", "two")
-    text = model._tokenizer._backend.decode(ids, skip_special_tokens=False)
+    ids, _ = model.question.input("a\npost", "one\n\nline", "two")
+    text = model.question._tokenizer._backend.decode(ids, skip_special_tokens=False)
     said = (
         "POST: a post\n\n RESPONSE A: one line\n\n RESPONSE B: two\n\n Which response is better? RESPONSE</s>"
     )
     assert text == said
     short = catalogue.steamshp(path, max_tokens=90)
-    ids, _ = short._input("x" * 500, "y" * 500, "z" * 500)
+    ids, _ = short.question.input("x" * 500, "y" * 500, "z" * 500)
     assert len(ids) == 90 and ids[-1] == 1
     scores = model.score(PROMPTS, COMPLETIONS)
     np.testing.assert_allclose(scores.mean(1), 0.5, atol=1e-6)

@@ -11,6 +11,33 @@ from rlhf_jax.rewards.models.pairs_of_texts import SequenceTokenizer
 from rlhf_jax.rewards.models.remembering import Remembered
 
 
+class Sequence:
+    """What the network reads of a prompt with a completion and what it says of it, the same in training and at use."""
+
+    def __init__(self, config, tokenizer: SequenceTokenizer, max_tokens: int = 0):
+        """max_tokens: of a sequence; 0: the model's most."""
+        self._model, self._kind, self._tokenizer = model_of(config), config.head, tokenizer
+        # RoBERTa counts positions from 2.
+        most = config.max_position - getattr(config, "position_offset", 0)
+        self._max_tokens = min(max_tokens or most, most)
+
+    def input(self, prompt, completion: str) -> tuple[list[int], list[int]]:
+        """(ids, type ids)."""
+        return self._tokenizer.pair(prompt, completion, self._max_tokens)
+
+    def logits(self, params: dict, head: dict, ids, mask, type_ids):
+        """[N, K] float32 of sequences [N, T]."""
+        hidden = self._model.apply({"params": params}, ids, mask, type_ids)
+        return encoder_heads.sequence_score(head, self._kind, hidden, mask)
+
+
+def reward_of(logits, output: int = -1):
+    """[..., K] -> [...]: one output, or (-1) the only one, or of two classes accepted (1) less rejected (0)."""
+    if output >= 0 or logits.shape[-1] == 1:
+        return logits[..., output]
+    return logits[..., 1] - logits[..., 0]
+
+
 class Encoder:
     least = 1
 
@@ -31,26 +58,13 @@ class Encoder:
         outputs = config.num_labels
         if output >= outputs or (output < 0 and outputs > 2):
             raise InputError(f"{path} has {outputs} outputs; output={output} names none of them (from 0).")
-        model, kind = model_of(config), config.head
-        # RoBERTa counts positions from 2.
-        self._tokenizer, most = (
-            SequenceTokenizer(path),
-            config.max_position - getattr(config, "position_offset", 0),
-        )
-        self._max_tokens = min(max_tokens or most, most)
-
-        @jax.jit
-        def forward(weights, batch):
-            params, head = weights
-            ids, mask, types = batch
-            hidden = model.apply({"params": params}, ids, mask, types)
-            logits = encoder_heads.sequence_score(head, kind, hidden, mask)
-            return logits[:, output] if output >= 0 or outputs == 1 else logits[:, 1] - logits[:, 0]
-
-        weights, how = (params, head), dict(batch_size=batch_size, pad_id=self._tokenizer.pad_id, mesh=mesh)
+        tokenizer = SequenceTokenizer(path)
+        sequence = Sequence(config, tokenizer, max_tokens)
+        forward = jax.jit(lambda weights, batch: reward_of(sequence.logits(*weights, *batch), output))
+        weights, how = (params, head), dict(batch_size=batch_size, pad_id=tokenizer.pad_id, mesh=mesh)
 
         def answer(questions):
-            asked = [self._tokenizer.pair(*question, self._max_tokens) for question in questions]
+            asked = [sequence.input(*question) for question in questions]
             return reading.sequences(lambda batch: forward(weights, batch), asked, **how)
 
         self._remembered = Remembered(answer)

@@ -15,6 +15,33 @@ from rlhf_jax.rewards.models.pairs_of_texts import SequenceTokenizer
 from rlhf_jax.rewards.models.remembering import Remembered
 
 
+class Comparison:
+    """What the network reads of two candidates and what it says of them, the same in training and at use."""
+
+    def __init__(self, config, tokenizer: SequenceTokenizer, source_tokens=1224, candidate_tokens=412):
+        self._model, self._markers, self._tokenizer = model_of(config), config.marker_ids, tokenizer
+        self._limits = (source_tokens, candidate_tokens)
+
+    def input(self, prompt, first: str, second: str) -> tuple[list[int], list[int]]:
+        """(ids, type ids)."""
+        tokenizer, (source, candidate) = self._tokenizer, self._limits
+        parts = (
+            tokenizer.plain(readable(prompt))[-source:],
+            tokenizer.plain(first)[:candidate],
+            tokenizer.plain(second)[:candidate],
+        )
+        ids = []
+        for marker, text in zip(self._markers, parts, strict=True):
+            ids += [tokenizer.cls_id, marker, *text, tokenizer.sep_id]
+        return ids, [0] * len(ids)
+
+    def advantage(self, params: dict, head: dict, ids, mask, type_ids=None):
+        """[N] float32 logits of inputs [N, T]: how much better the first candidate is. PairRM reads no types."""
+        hidden = self._model.apply({"params": params}, ids, mask)
+        scores = encoder_heads.pair_scores(head, hidden, ids, mask, self._markers).mean(-1)
+        return scores[:, 0] - scores[:, 1]
+
+
 class PairRM:
     least = 2
 
@@ -37,22 +64,13 @@ class PairRM:
         config, params, head = load_encoder(path, mesh=mesh)
         if config.head != "pairrm":
             raise InputError(f"{path} is no PairRM; a classifier is named encoder:path=...")
-        model, markers = model_of(config), config.marker_ids
-        self._tokenizer, self._markers = SequenceTokenizer(path), markers
-        self._limits = (source_tokens, candidate_tokens)
-
-        @jax.jit
-        def forward(weights, batch):
-            params, head = weights
-            ids, mask, _ = batch
-            hidden = model.apply({"params": params}, ids, mask)
-            scores = encoder_heads.pair_scores(head, hidden, ids, mask, markers).mean(-1)
-            return scores[:, 0] - scores[:, 1]
-
-        weights, how = (params, head), dict(batch_size=batch_size, pad_id=self._tokenizer.pad_id, mesh=mesh)
+        tokenizer = SequenceTokenizer(path)
+        self.comparison = Comparison(config, tokenizer, source_tokens, candidate_tokens)
+        forward = jax.jit(lambda weights, batch: self.comparison.advantage(*weights, *batch))
+        weights, how = (params, head), dict(batch_size=batch_size, pad_id=tokenizer.pad_id, mesh=mesh)
 
         def answer(questions):
-            asked = [self._input(*question) for question in questions]
+            asked = [self.comparison.input(*question) for question in questions]
             return reading.sequences(lambda batch: forward(weights, batch), asked, **how)
 
         self._remembered = Remembered(answer)
@@ -60,15 +78,3 @@ class PairRM:
     def score(self, prompts, completions) -> np.ndarray:
         """Logits: the mean over the others of how much better it is than they, both orders averaged."""
         return comparing.against_the_others(self._remembered, prompts, completions, even=0.0)
-
-    def _input(self, prompt, first, second):
-        tokenizer, (source, candidate) = self._tokenizer, self._limits
-        parts = (
-            tokenizer.plain(readable(prompt))[-source:],
-            tokenizer.plain(first)[:candidate],
-            tokenizer.plain(second)[:candidate],
-        )
-        ids = []
-        for marker, text in zip(self._markers, parts, strict=True):
-            ids += [tokenizer.cls_id, marker, *text, tokenizer.sep_id]
-        return ids, [0] * len(ids)

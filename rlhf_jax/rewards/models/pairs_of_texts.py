@@ -2,6 +2,7 @@
 
 Nothing in a text becomes a special token: a completion that says [SEP] or a PairRM marker says it in letters."""
 
+import hashlib
 import json
 
 from rlhf_jax.checkpoints import huggingface
@@ -27,6 +28,8 @@ class SequenceTokenizer:
             raise InputError(f"No tokenizer at {path} ({type(error).__name__}: {reason}).") from error
         if found.pad_token_id is None:
             raise InputError(f"{path}: the tokenizer has no pad token.")
+        self.source = found  # to be saved beside weights
+        self.fingerprint = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
         self._backend = Tokenizer.from_str(json.dumps(source | {"truncation": None, "padding": None}))
         self._backend.encode_special_tokens = True
         self.pad_id, self.eos_id, self.cls_id, self.sep_id = (

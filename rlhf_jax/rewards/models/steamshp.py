@@ -18,6 +18,37 @@ from rlhf_jax.rewards.models.remembering import Remembered
 QUESTION = "\n\n Which response is better? RESPONSE"
 
 
+class Question:
+    """What the network reads of two responses and what it says of them, the same in training and at use."""
+
+    def __init__(self, config, tokenizer: SequenceTokenizer, max_tokens: int = 512):
+        """Raises: InputError if A and B are not one token each."""
+        self._model, self._tokenizer, self._max_tokens = T5(config), tokenizer, max_tokens
+        letters = [tokenizer.plain(letter)[-1:] for letter in "AB"]
+        if letters[0] == letters[1] or not all(letters):
+            raise InputError("this T5's tokenizer has no tokens of their own for A and B; use another.")
+        self._letters = jnp.array([one for (one,) in letters])
+
+    def input(self, prompt, first: str, second: str) -> tuple[list[int], list[int]]:
+        """(ids, type ids)."""
+        plain, most = self._tokenizer.plain, self._max_tokens
+        # Texts without line ends, as the model was trained on.
+        post, first, second = (" ".join(text.split()) for text in (readable(prompt), first, second))
+        first, second = (
+            plain(f"\n\n RESPONSE {name}: {text}")[: most // 3]
+            for name, text in (("A", first), ("B", second))
+        )
+        rest = [*first, *second, *plain(QUESTION), self._tokenizer.eos_id]
+        post = plain(f"POST: {post}")
+        ids = [*post[max(0, len(post) - (most - len(rest))) :], *rest]
+        return ids, [0] * len(ids)
+
+    def answers(self, params: dict, ids, mask, type_ids=None):
+        """[N, 2] float32, nats, of inputs [N, T]: log-probability of A and of B, among all tokens."""
+        logits = self._model.apply({"params": params}, ids, mask, method=T5.first_step_logits)
+        return jax.nn.log_softmax(logits.astype(jnp.float32))[:, self._letters]
+
+
 class SteamSHP:
     least = 1
 
@@ -30,23 +61,18 @@ class SteamSHP:
         Raises: InputError if A and B are not one token each.
         """
         config, params = load_t5(path, mesh=mesh)
-        model, self._tokenizer = T5(config), SequenceTokenizer(path)
-        self._max_tokens = max_tokens
-        letters = [self._tokenizer.plain(letter)[-1:] for letter in "AB"]
-        if letters[0] == letters[1] or not all(letters):
-            raise InputError(f"{path}: the tokenizer has no tokens of their own for A and B.")
-        columns = jnp.array([one for (one,) in letters])
+        tokenizer = SequenceTokenizer(path)
+        self.question = Question(config, tokenizer, max_tokens)
 
         @jax.jit
         def forward(params, batch):
-            ids, mask, _ = batch
-            logits = model.apply({"params": params}, ids, mask, method=T5.first_step_logits)[:, columns]
-            return jax.nn.sigmoid((logits[:, 0] - logits[:, 1]).astype(jnp.float32))
+            found = self.question.answers(params, *batch)
+            return jax.nn.sigmoid(found[:, 0] - found[:, 1])
 
-        how = dict(batch_size=batch_size, pad_id=self._tokenizer.pad_id, mesh=mesh)
+        how = dict(batch_size=batch_size, pad_id=tokenizer.pad_id, mesh=mesh)
 
         def answer(questions):
-            asked = [self._input(*question) for question in questions]
+            asked = [self.question.input(*question) for question in questions]
             return reading.sequences(lambda batch: forward(params, batch), asked, **how)
 
         self._remembered = Remembered(answer)
@@ -60,16 +86,3 @@ class SteamSHP:
             asked = [(prompt, text, ".") for prompt, (text,) in zip(prompts, completions, strict=True)]
             return self._remembered(asked).reshape(-1, 1)
         return comparing.against_the_others(self._remembered, prompts, completions, even=0.5)
-
-    def _input(self, prompt, first, second):
-        plain, most = self._tokenizer.plain, self._max_tokens
-        # Texts without line ends, as the model was trained on.
-        post, first, second = (" ".join(text.split()) for text in (readable(prompt), first, second))
-        first, second = (
-            plain(f"\n\n RESPONSE {name}: {text}")[: most // 3]
-            for name, text in (("A", first), ("B", second))
-        )
-        rest = [*first, *second, *plain(QUESTION), self._tokenizer.eos_id]
-        post = plain(f"POST: {post}")
-        ids = [*post[max(0, len(post) - (most - len(rest))) :], *rest]
-        return ids, [0] * len(ids)

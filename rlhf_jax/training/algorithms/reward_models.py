@@ -48,14 +48,20 @@ class RewardModelSettings(Settings):
     gate_preferences: str = (
         ""  # pairs for the gate; empty: what the stage `preferences` made, or pairs of the ratings
     )
+    # Of the kinds with a tokenizer of their own (text_rewards.py), which are trained whole.
+    backbone: str = "tiny"  # or a hub id, or a directory
+    backbone_learning_rate: float = 1e-5
+    objective: str = "pairwise"  # of encoder: or classification, regression
+    encoder_pooling: str = "cls"  # or mean
 
     def check(self):
         wrong = None
-        if self.margin_coeff and not (self.in_pairs and self.loss == "logsigmoid"):
+        with_margin = self.in_pairs and self.loss == "logsigmoid" and self.kind != "steamshp"
+        if self.margin_coeff and not with_margin:
             wrong = "margin_coeff", "losses of pairs with loss logsigmoid have"
-        elif self.label_smoothing and not (self.in_pairs or self.kind == "classification"):
+        elif self.label_smoothing and not (self.in_pairs or self.feedback == "classification"):
             wrong = "label_smoothing", "losses of pairs and kind classification have"
-        elif self.huber_delta and self.kind != "regression":
+        elif self.huber_delta and self.feedback != "regression":
             wrong = "huber_delta", "kind regression has"
         if wrong:
             name, only = wrong
@@ -68,7 +74,16 @@ class RewardModelSettings(Settings):
             return f"label_smoothing is {self.label_smoothing}; expected less than 0.5, half of the labels wrong."
         if len(set(self.aspects)) < len(self.aspects):
             return f"aspects is {self.aspects}; expected each once."
-        if self.kind == "regression" and len(self.aspects) > 1:
+        if self.kind in TEXT_KINDS:
+            if self.members > 1:
+                return f"members is {self.members}; expected 1 with kind {self.kind!r}: there are no ensembles of it."
+            if self.classification_reward == "probability":
+                return f"classification_reward is 'probability'; expected logit with kind {self.kind!r}."
+            if self.kind == "steamshp" and self.loss != "logsigmoid":
+                return f"loss is {self.loss!r}; expected logsigmoid: kind 'steamshp' has one loss, of two tokens."
+        if self.kind != "encoder" and self.objective != "pairwise":
+            return f"objective is {self.objective!r}, which kind encoder has; expected pairwise with {self.kind!r}."
+        if self.feedback == "regression" and len(self.aspects) > 1:
             return f"aspects is {self.aspects}; regression has one (kind multi_objective has several)."
         return None
 
@@ -76,12 +91,17 @@ class RewardModelSettings(Settings):
     def in_pairs(self) -> bool:
         """Whether it is trained, or its gate, by a loss of pairs."""
         of_rankings = self.kind == "ranking" and self.ranking_loss == "pairs"
-        return of_rankings or self.kind in ("pairwise", "token_level", "multi_objective")
+        return of_rankings or self.feedback in ("pairwise", "token_level", "multi_objective")
+
+    @property
+    def feedback(self) -> str:
+        """The kind whose records it reads: its own, but for those that only read them with another network."""
+        return feedback_of(self.kind, self.objective)
 
     @property
     def linear(self) -> bool:
         """Whether the score is a linear head on one model's state, as a value head is."""
-        several = self.members > 1 or self.kind == "multi_objective"
+        several = self.members > 1 or self.kind in ("multi_objective", *TEXT_KINDS)
         return not several and not (
             self.kind == "classification" and self.classification_reward == "probability"
         )
@@ -187,7 +207,11 @@ def ranking_objective(settings, network, trained, frozen, controllers, batch, rn
 def classification_objective(settings, network, trained, frozen, controllers, batch, rng):
     """Two classes, 1 for accepted."""
     role = trained["reward"]
-    scores, outputs = roles.scores_and_outputs(network.model, frozen["base"], role, batch)
+    return of_labels(settings, batch, *roles.scores_and_outputs(network.model, frozen["base"], role, batch))
+
+
+def of_labels(settings, batch, scores, outputs):
+    """scores: [B, G]. outputs: [B, G, 2] logits."""
     weights = (batch.weights * batch.target_mask[..., 0]).reshape(-1)
     labels, logits = batch.targets.reshape(-1), outputs.reshape(-1, 2)
     found = losses.classification(logits, labels)
@@ -205,7 +229,12 @@ def classification_objective(settings, network, trained, frozen, controllers, ba
 
 
 def regression_objective(settings, network, trained, frozen, controllers, batch, rng):
-    scores = roles.scores(network.model, frozen["base"], trained["reward"], batch).reshape(-1)
+    return of_ratings(settings, batch, roles.scores(network.model, frozen["base"], trained["reward"], batch))
+
+
+def of_ratings(settings, batch, scores):
+    """scores: [B, G], in deviations of the ratings."""
+    scores = scores.reshape(-1)
     weights = (batch.weights * batch.target_mask[..., 0]).reshape(-1)
     targets = jnp.where(weights > 0, batch.targets.reshape(-1), 0.0)
     found = losses.regression(scores, targets, settings.huber_delta or None)
@@ -258,8 +287,19 @@ KINDS = {
     ),
 }
 
+# Networks that are no decoders, with a tokenizer of their own, and how many completions of a prompt they need.
+TEXT_KINDS = {"encoder": 1, "pairrm": 2, "steamshp": 1}
+
+
+def feedback_of(kind: str, objective: str) -> str:
+    """The kind of KINDS whose records a reward model of this kind reads."""
+    return kind if kind not in TEXT_KINDS else objective if kind == "encoder" else "pairwise"
+
+
 CHOICES = {
-    "kind": tuple(KINDS),
+    "kind": (*KINDS, *TEXT_KINDS),
+    "objective": ("pairwise", "classification", "regression"),
+    "encoder_pooling": ("cls", "mean"),
     "classification_reward": ("logit", "probability"),
     "ranking_loss": ("plackett_luce", "pairs"),
     "combine": ENSEMBLES,
@@ -268,6 +308,7 @@ CHOICES = {
 
 
 def reward_model_objective(settings, *arguments):
+    """Of a decoder; those of TEXT_KINDS are in text_rewards.py."""
     return KINDS[settings.kind].objective(settings, *arguments)
 
 

@@ -24,7 +24,7 @@ class Scale:
         """Raises: InputError for an aspect that is unknown or does not vary."""
         found = list(dict.fromkeys(name for record in records for name in record.ratings))
         names = settings.aspects or tuple(sorted(found))
-        if settings.kind == "regression" and len(names) != 1:
+        if settings.feedback == "regression" and len(names) != 1:
             raise InputError(
                 f"config.reward_model.aspects is empty and the ratings have {', '.join(names)}; name the one that "
                 "regression learns, or choose kind=multi_objective."
