@@ -280,7 +280,7 @@ def tiny(config):
     config.sft.update(steps=300, batch_size=32, train="full")
     config.sft.optimizer.learning_rate = 3e-3
     config.preferences.update(num_pairs=4096, batch_size=128, coin_scale=10.0)
-    config.reward_model.update(steps=192, batch_size=32, backbone_learning_rate=1e-3)
+    config.reward_model.update(steps=192, batch_size=32, backbone_learning_rate=2e-3)
     config.reward_model.optimizer.update(learning_rate=5e-3, head_multiplier=3.0)
     config.ppo.update(steps=24, batch_size=32, num_completions=2)
     config.ppo.optimizer.learning_rate = 3e-3

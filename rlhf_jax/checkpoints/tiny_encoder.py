@@ -53,7 +53,8 @@ def config_of(
     if kind == "t5":  # Flan's: gated, with a head of its own
         own = dict(gated=True, activation="gelu_new", tie_embeddings=False, scale_output=False)
         return T5Config(**shape, **own, num_decoder_layers=2, head_dim=width // 4)
-    shape |= dict(initializer_range=0.05, max_position=max_position, num_labels=1)
+    # Wide enough that attention begins uneven: what compares two texts has to tell their places apart.
+    shape |= dict(initializer_range=width**-0.5, max_position=max_position, num_labels=1)
     if kind == "deberta":
         own = dict(head_dim=width // 4, embedding_size=width, position_buckets=32)
         return DebertaConfig(**shape, **own, max_relative_positions=max_position, marker_ids=(4, 5, 6))

@@ -187,5 +187,5 @@ def load_backbone(run: Run, settings) -> Backbone:
         )
     if head is None or (config.head, config.num_labels) != wanted:
         config = dataclasses.replace(config, head=wanted[0], num_labels=wanted[1])
-        head = encoder_heads.init(rng, wanted[0], config.hidden_size, wanted[1])
+        head = encoder_heads.init(rng, wanted[0], config.hidden_size, wanted[1], config.initializer_range)
     return Backbone(config, Role(base=params, head=head), tokenizer)

@@ -14,6 +14,7 @@ from rlhf_jax.checkpoints import roles as role_files
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import mesh
 from rlhf_jax.training import feedback
+from rlhf_jax.training.algorithms.reward_models import TEXT_KINDS
 from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.metrics import read_metrics
 from tests.experiments.small_runs import run_small
@@ -42,7 +43,7 @@ def test_configs_load_at_every_size_and_every_kind_has_one():
             config = cli.load_config(f"configs/reward_models/{name}.py:{size}", [])
             check_config(config, tuple(pipeline.STAGES))
         found.add(config.reward_model.kind)
-    assert found == set(feedback.FEEDBACK)
+    assert found == {*feedback.FEEDBACK, *TEXT_KINDS}
 
 
 @pytest.mark.parametrize("name", RUN)
