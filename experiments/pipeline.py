@@ -86,6 +86,8 @@ def read_data(run: Run, todo: list[str]) -> None:
     data = run.config.data
     if "constitution" in todo:
         constitution.read_principles(run.config.constitution.principles)
+    if "reward_model" in todo:
+        stages.check_backbone(run)
     for stage, key in (("sft", "sft"), ("ppo_ptx", "ptx")):
         if stage in todo and not ("constitution" in todo and constitution.comes_before(run.config, stage)):
             examples(run, key)

@@ -5,7 +5,9 @@ Here a stage picks its data and its roles; offline.py and online.py turn those i
 import functools
 import os
 
+from rlhf_jax.checkpoints import huggingface
 from rlhf_jax.data import formats
+from rlhf_jax.errors import InputError
 from rlhf_jax.training import constitution, preferences, reward_stage, text_reward_stage
 from rlhf_jax.training.algorithms import ALGORITHMS, preference
 from rlhf_jax.training.algorithms.reward_models import TEXT_KINDS
@@ -84,7 +86,17 @@ def reward_model(run: Run, evaluator=None) -> None:
     stage.reward_model(run, evaluator)
 
 
-__all__ = ["STAGES", "is_done", "judgements", "reward_model", "reward_records"]
+def check_backbone(run: Run) -> None:
+    """Fetches what a reward model that is no decoder starts from.  Raises: InputError if it is not there."""
+    section = run.config.reward_model
+    if section.kind in TEXT_KINDS and section.backbone != text_reward_stage.TINY:
+        try:
+            huggingface.resolve(section.backbone)
+        except InputError as error:
+            raise InputError(f"config.reward_model.backbone: {error}") from None
+
+
+__all__ = ["STAGES", "check_backbone", "is_done", "judgements", "reward_model", "reward_records"]
 
 STAGES = {
     "constitution": constitution.make,

@@ -30,6 +30,7 @@ from rlhf_jax.training.offline import Apart, beside, fit
 from rlhf_jax.training.reward_stage import NAME, HeldOut, at_pairs, golds, own_figures, reward_records
 from rlhf_jax.training.run import Run, settings_of
 
+TINY = "tiny"  # a backbone with random weights, made in the workdir
 ASKED_AT_ONCE = 64  # held-out records that the finished model scores between two looks at a stop signal
 
 
@@ -158,7 +159,7 @@ def load_backbone(run: Run, settings) -> Backbone:
     Raises: InputError naming the key, or the file that is wrong.
     """
     name, rng = settings.backbone, jax.random.fold_in(run.rng(NAME), 1)
-    if name == "tiny":
+    if name == TINY:
         family = "t5" if settings.kind == "steamshp" else "deberta"
         corpus = [opening + text for opening, text in run.tiny_corpus]
         path = tiny_encoder.make(run.path("encoder"), corpus, family, seed=run.config.seed)

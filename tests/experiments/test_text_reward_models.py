@@ -162,3 +162,9 @@ def test_what_compares_needs_completions_to_compare(name, changes, said):
     if name == "ppo" and "ppo.num_completions=1" in changes:
         config.rewards.components = ("sentiment",)
         check_config(config, tuple(pipeline.STAGES))
+
+
+def test_a_backbone_that_is_not_there_is_missed_before_anything_is_trained(tmp_path):
+    with pytest.raises(InputError, match="config.reward_model.backbone: .*missing is not a directory"):
+        run_small(tmp_path, "reward_model.kind=encoder", f"reward_model.backbone={tmp_path}/missing")
+    assert not (tmp_path / "roles").exists()
