@@ -4,7 +4,8 @@ An algorithm is a pure loss from losses/ plus the few lines here that feed it: s
 (each kind of them; gating.py: the second part of one; text_rewards.py: those that are no decoders), preference.py (DPO,
 KTO, ORPO, CPO, SimPO), actor_critic.py (PPO, A2C), natural_gradient.py (TRPO), reinforce.py (REINFORCE and its
 baselines), groups.py (RLOO, the GRPO family), selection.py (RAFT, online DPO, Quark). shared.py is what online rows
-have in common, critic_free.py what those without a value role have, row.py what a row is. Knows no config object, file or clock."""
+have in common, critic_free.py what those without a value role have, row.py what a row is. Knows no config object,
+file or clock."""
 
 from rlhf_jax.training.algorithms import (
     actor_critic,
