@@ -11,6 +11,7 @@ import os
 import jax
 import numpy as np
 
+from rlhf_jax.checkpoints import roles as role_files
 from rlhf_jax.data import batching, formats
 from rlhf_jax.data.formats import readable
 from rlhf_jax.errors import InputError, NumericsError, Refused
@@ -32,6 +33,7 @@ MEASURED_BY = ("batch_size", "max_pairs", "preview_prompts", "preview_completion
 SMALL_FILE = 2**20  # bytes; of larger ones, frozen weights say, the size stands for the content
 # Kinds of reward models whose difference of scores is trained to be the log-odds of a label.
 LOG_ODDS_KINDS = ("pairwise", "token_level", "ranking")
+IN_OTHER_UNITS = ("pairrm", "steamshp")  # trained so too, and then averaged over orders and groups
 ONE_RECORD_A_PAIR = ("pairwise", "token_level")
 
 
@@ -110,7 +112,7 @@ def judge_on(run, pairs, output: str, about: dict) -> dict:
 def pairs_of(run) -> tuple[list[Judged], list[Judged]]:
     """(training pairs, held-out pairs) that the records of the model's kind amount to; of a gated one, its gate's."""
     settings = settings_of("reward_model", run.config.reward_model)
-    kind, sets = KINDS[settings.kind], stages.reward_records(run)
+    kind, sets = KINDS[settings.feedback], stages.reward_records(run)
     scale = Scale.of(settings, sets[0]) if kind.rated else None
     if kind.gated:
         kind, sets = KINDS["pairwise"], reward_stage.gate_pairs(run, *sets, scale)
@@ -158,7 +160,7 @@ def measured(run, train, held_out, prompts, coin_scale: float | None, elsewhere=
       coin_scale: of the coin that labelled them, where one did. elsewhere: the held-out ones are other data.
     """
     section = run.config.gate
-    role, _, meta = run.load_role("reward_model")
+    reward, meta = run.load_reward(), role_files.read_meta(run.role_path("reward_model"))
     seen = {(str(pair.prompt), pair.chosen, pair.rejected) for pair in train}
     twice = sum((str(pair.prompt), pair.chosen, pair.rejected) in seen for pair in held_out)
     some = [_some(held_out, section.max_pairs), None]
@@ -168,26 +170,38 @@ def measured(run, train, held_out, prompts, coin_scale: float | None, elsewhere=
         f"{min(section.preview_prompts, len(prompts))} prompts x {section.preview_completions} samples"
     )
     with meshes.activate(run.mesh):
-        scorer = jax.jit(lambda base, role, batch: learned.score(run.model, base, role, batch, run.eos_ids))
-        score = lambda batch: np.asarray(scorer(run.base, role, run.put(batch)), np.float64)
+        score = scorer(run, reward)
         pairs = scored(run, score, some)
         samples = preview(run, score, prompts) if section.preview_prompts and prompts else None
     tell_cut(run, "gate")
     how = run.config.reward_model
+    feedback = settings_of("reward_model", how).feedback
     return gate_measures.measure(
         *pairs,
         samples,
         train_pairs=len(train),
         passes=meta["step"] * how.batch_size / len(train)
-        if train and how.kind in ONE_RECORD_A_PAIR
+        if train and feedback in ONE_RECORD_A_PAIR
         else None,
         seen=twice,
         elsewhere=elsewhere,
         coin_scale=coin_scale,
-        probabilities=how.kind in LOG_ODDS_KINDS and how.members == 1,  # members are in deviations each
+        # Members are in deviations each.
+        probabilities=feedback in LOG_ODDS_KINDS and how.kind not in IN_OTHER_UNITS and how.members == 1,
         bootstrap_samples=section.bootstrap_samples,
         seed=run.config.seed,
     )
+
+
+def scorer(run, reward):
+    """(batch, prompts, () -> their completions as text) -> raw scores [B, G] float64, as RL asks for them.
+
+    reward: a Role, which reads the batch, or a TextReward, which reads the texts.
+    """
+    if not isinstance(reward, Role):
+        return lambda batch, prompts, texts: np.float64(reward.score(prompts, texts()))
+    forward = jax.jit(lambda base, role, batch: learned.score(run.model, base, role, batch, run.eos_ids))
+    return lambda batch, prompts, texts: np.asarray(forward(run.base, reward, run.put(batch)), np.float64)
 
 
 def _some(records: list, count: int) -> list:
@@ -217,11 +231,12 @@ def scored(run, score, sets: list[list[Judged]]) -> list[gate_measures.Pairs]:
         scores = []
         for start in range(0, len(part), size):
             run.stop.check("gate")
-            _, prompts, completions = zip(*part[start : start + size], strict=True)
+            asked, prompts, completions = zip(*part[start : start + size], strict=True)
             batch = batching.group(
                 prompts, completions, **lengths, pad_id=run.tokenizer.pad_id, batch_size=size
             )
-            scores.append(score(batch)[: len(prompts)])
+            texts = lambda asked=asked: [(pair.chosen, pair.rejected) for pair in asked]
+            scores.append(score(batch, [pair.prompt for pair in asked], texts)[: len(prompts)])
         found.append(_pairs([pair for pair, _, _ in part], scores, [two for _, _, two in part]))
     return found
 
@@ -270,12 +285,13 @@ def preview(run, score, prompts) -> gate_measures.Samples:
         asked = run.put(batching.pad_prompts(filled, length, pad_id))
         key = jax.random.fold_in(run.rng("gate"), start)
         batch = rollout.sample(network, run.base, Role(), asked, key, sampling)
-        scores.append(score(batch)[: len(part)])
+        texts = lambda batch=batch, part=part: rollout.texts(run.tokenizer, batch)[: len(part)]
+        prompt = [getattr(record, "text", None) or record.prompt for record, _ in part]
+        scores.append(score(batch, prompt, texts)[: len(part)])
         tokens.append(np.asarray(batch.completion_mask.sum(-1))[: len(part)])
         if rule is not None:
-            for (record, _), texts in zip(part, rollout.texts(run.tokenizer, batch), strict=False):
-                text = readable(getattr(record, "text", None) or record.prompt)
-                gold.append(rule([text] * len(texts), texts))
+            for asked_of, completions in zip(prompt, texts(), strict=True):
+                gold.append(rule([readable(asked_of)] * len(completions), completions))
     _check_finite(np.concatenate(scores), "samples")
     gold = np.array(gold, np.float64) if rule is not None else None
     return gate_measures.Samples(np.concatenate(scores), np.concatenate(tokens), gold)

@@ -137,7 +137,7 @@ def _check(file, points, seed, shared):
     base = loaded.pop()
     read = (*SHARED_READ, *base.stages)
     # What is said of the samples is what that kind reads.
-    also = ("reward_model.kind",) if "preferences" in base.stages else ()
+    also = ("reward_model.kind", "reward_model.objective") if "preferences" in base.stages else ()
     below = lambda config: {
         key: x for key, x in cli.flat(config).items() if key.split(".")[0] in read or key in also
     }

@@ -57,7 +57,8 @@ def check_config(config, known_stages) -> None:
     LoraConfig.from_names(**config.lora.to_dict())
     scoring.check(config.rewards)
     if config.preferences.labeller:
-        kind = config.reward_model.kind if "reward_model" in config else "pairwise"
+        section = config.reward_model if "reward_model" in config else None
+        kind = reward_models.feedback_of(section.kind, section.objective) if section else "pairwise"
         labelling.check(config.preferences.labeller, kind)
     if config.gold and config.gold not in rules.RULES:
         raise InputError(

@@ -100,7 +100,7 @@ def test_models_that_compare_run_from_their_configs(finished, one_device, tmp_pa
         workdir,
         SMALLER[0],
         "data.held_out_pairs=32",
-        "stages=('reward_model',)",
+        "stages=('reward_model','gate')",
         config=f"reward_models/{name}",
     )
     rows = [m for m in read_metrics(workdir / "metrics.jsonl") if m["stage"] == "reward_model"]
@@ -111,6 +111,9 @@ def test_models_that_compare_run_from_their_configs(finished, one_device, tmp_pa
     even = {"pairrm": 0.0, "steamshp": 0.5}[name]
     scores = reward.score(["It was"], [[" good", " bad and late", " so"]])
     assert scores.mean() == pytest.approx(even, abs=1e-5) and scores.std() > 0
+    # Read as RL will: in pairs as when it was judged, and in groups of samples, whose mean is that of equals.
+    gate = json.loads((workdir / "gate.json").read_text())["measures"]
+    assert gate["held_out"]["accuracy"] == pytest.approx(made["accuracy"], abs=1e-6)
 
 
 def test_an_encoder_learns_from_ratings(finished, one_device, tmp_path):
