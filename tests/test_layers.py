@@ -88,6 +88,7 @@ def test_only_training_run_and_stages_read_the_config_object():
         "preferences.py",
         "checks.py",
         "reward_stage.py",
+        "text_reward_stage.py",
         "constitution.py",
     )
     for path in FILES:

@@ -113,7 +113,8 @@ def test_models_that_compare_run_from_their_configs(finished, one_device, tmp_pa
     assert scores.mean() == pytest.approx(even, abs=1e-5) and scores.std() > 0
     # Read as RL will: in pairs as when it was judged, and in groups of samples, whose mean is that of equals.
     gate = json.loads((workdir / "gate.json").read_text())["measures"]
-    assert gate["held_out"]["accuracy"] == pytest.approx(made["accuracy"], abs=1e-6)
+    assert gate["accuracy"]["value"] == pytest.approx(made["accuracy"], abs=1e-6)
+    assert not gate["probabilities"] and gate["preview"] is not None
 
 
 def test_an_encoder_learns_from_ratings(finished, one_device, tmp_path):
@@ -141,7 +142,7 @@ def test_an_encoder_learns_from_ratings(finished, one_device, tmp_path):
     ],
 )
 def test_settings_that_a_kind_does_not_have(changes, said):
-    config = cli.load_config("configs/ppo.py:tiny", [f"--config.reward_model.{item}" for item in changes])
+    config = cli.load_config("configs/ppo.py:tiny", [f"reward_model.{item}" for item in changes])
     with pytest.raises(InputError, match=said):
         check_config(config, tuple(pipeline.STAGES))
 
@@ -159,7 +160,7 @@ def test_settings_that_a_kind_does_not_have(changes, said):
     ],
 )
 def test_what_compares_needs_completions_to_compare(name, changes, said):
-    config = cli.load_config(f"configs/{name}.py:tiny", [f"--config.{item}" for item in changes])
+    config = cli.load_config(f"configs/{name}.py:tiny", list(changes))
     with pytest.raises(InputError, match=said):
         check_config(config, tuple(pipeline.STAGES))
     if name == "ppo" and "ppo.num_completions=1" in changes:
