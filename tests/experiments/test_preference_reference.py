@@ -135,5 +135,7 @@ def test_soft_labels_of_a_file_reach_the_records(started, monkeypatch, capsys, l
     seen = []
     monkeypatch.setattr(stages, "offline", lambda run, name, train, test, *more: seen.extend([*train, *test]))
     tune(where, loss_type, f"dpo.loss_type={loss_type}", "dpo.label_smoothing=0.1", pairs="soft.jsonl")
-    assert [record[2:] for record in seen] == ([(0.7,)] * 20 + [(0.9,)] if read else [()] * 21)
+    assert [record[2:] for record in seen] == [
+        ({"soft_labels": x},) if read else () for x in [0.7] * 20 + [0.9]
+    ]
     assert ("soft_label" in capsys.readouterr().out) != read
