@@ -112,9 +112,9 @@ def copy_without(finished, workdir, *gone):
     return workdir
 
 
-def stop_after_each_step(monkeypatch):
-    """Every run of an online stage is stopped by a signal during its first step."""
-    real = online.train
+def stop_after_each_step(monkeypatch, module=online):
+    """Every run of an online stage (or of one of `module`) is stopped by a signal during its first step."""
+    real = module.train
 
     def stopping(*args, **kwargs):
         step_fn = args[2]
@@ -125,7 +125,7 @@ def stop_after_each_step(monkeypatch):
 
         return real(args[0], args[1], step, **kwargs)
 
-    monkeypatch.setattr(online, "train", stopping)
+    monkeypatch.setattr(module, "train", stopping)
 
 
 def timeless(workdir, stage):

@@ -15,7 +15,7 @@ from rlhf_jax.rewards.models import catalogue
 from rlhf_jax.training import offline
 from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.metrics import read_metrics
-from tests.experiments.small_runs import run_small
+from tests.experiments.small_runs import run_small, stop_after_each_step
 
 SMALLER = ("reward_model.steps=2", "preferences.num_pairs=32", "data.held_out_pairs=32", "ppo.steps=2",
            "ppo.rollout_epochs=1", "ppo.eval_every_steps=0")  # fmt: skip
@@ -42,19 +42,8 @@ PREFERENCES = ("preferences.jsonl", "preferences_held_out.jsonl")
 def test_an_encoder_rewards_and_judges_a_policy_and_its_training_resumes(finished, tmp_path, monkeypatch):
     workdir = begun(finished, tmp_path / "run", *PREFERENCES)
     kind = "reward_model.kind=encoder"
-    real = offline.train
-
-    def stopping(*args, **kwargs):
-        step_fn = args[2]
-
-        def step(state, position):
-            kwargs["stop"].requested = True
-            return step_fn(state, position)
-
-        return real(*args[:2], step, *args[3:], **kwargs)
-
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(offline, "train", stopping)
+        stop_after_each_step(patch, offline)
         run_small(workdir, *SMALLER, kind)
     assert not (workdir / "roles" / "reward_model").exists()
     run_small(workdir, *SMALLER, kind)
