@@ -68,7 +68,7 @@ def warning_signs(
         findings += _entropy(run, stage, entropy_ratio)
     findings += _gold_evaluated(run, significance) + _kl(run, kl_limit) + _length(run, length_ratio)
     findings += _repetition(run, diversity_ratio, duplicates)
-    findings += _memorised(run, accuracy_gap, memorised_loss) + _gate(run)
+    findings += _gate(run) or _memorised(run, accuracy_gap, memorised_loss)
     return sorted(findings, key=lambda finding: ("bad", "warn", "ok").index(finding.verdict))
 
 
@@ -367,6 +367,6 @@ def _memorised(run, gap_limit, memorised_loss):
 
 
 def _gate(run):
-    """What was known of the reward model before RL trusted it, where that was not all well."""
-    verdict = {"warn": "warn", "refuse": "bad"}.get(str(run.gate.get("verdict")))
+    """The verdict of the gate, which measured more of the reward model than its log tells; nothing without one."""
+    verdict = {"pass": "ok", "warn": "warn", "refuse": "bad"}.get(str(run.gate.get("verdict")))
     return [Finding("Gate before RL", verdict, str(run.gate.get("reason", "")))] if verdict else []

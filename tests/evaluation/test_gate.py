@@ -82,6 +82,8 @@ def test_the_report_has_it_before_the_policy(tmp_path):
     assert text.index(gate_page.TITLE) < text.index("Training the policy")
     sign = next(one for one in warning_signs(str(tmp_path)) if one.name == "Gate before RL")
     assert sign.verdict == "bad" and "by heart" in sign.sentence
+    # One judge of the reward model: the figures of its training log, taken while it moved, are other ones.
+    assert not any(one.name.startswith("Reward model") for one in warning_signs(str(tmp_path)))
     (tmp_path / "gate.json").write_text("[1")
     run = load_run(str(tmp_path))
     assert run.gate == {} and "gate.json" in run.problems[0]
