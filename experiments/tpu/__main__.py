@@ -23,7 +23,7 @@ from experiments.tpu.cloud import Cloud, Result, execute
 from experiments.tpu.scenario import Scenario
 from experiments.tpu.source import Bundle
 from experiments.tpu.supervise import Watch
-from rlhf_jax.errors import Interrupted, RunError
+from rlhf_jax.errors import InputError, Interrupted, PeerLost, RunError
 
 
 def say(text: str) -> None:
@@ -71,10 +71,11 @@ def watch(flags, cloud: Cloud, tell) -> None:
         raise Interrupted(
             "no longer watching; the run goes on, and so do its costs (`watch` follows it again)"
         ) from None
-    except RunError:
-        finish(flags, cloud, tell)
+    except RunError as error:
+        # Not a slice that may be at work, or that was never asked to.
+        finish(flags.delete_after and not isinstance(error, InputError | PeerLost), cloud, tell)
         raise
-    finish(flags, cloud, tell)
+    finish(flags.delete_after, cloud, tell)
     if status:
         ended = RunError(
             f"the run ended with status {status}; its log is above and in {cloud.job.shared_workdir}.logs"
@@ -83,8 +84,8 @@ def watch(flags, cloud: Cloud, tell) -> None:
         raise ended
 
 
-def finish(flags, cloud: Cloud, tell) -> None:
-    if flags.delete_after:
+def finish(delete: bool, cloud: Cloud, tell) -> None:
+    if delete:
         tell("deleting the slice")
         cloud.delete()
     else:

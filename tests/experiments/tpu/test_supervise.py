@@ -138,3 +138,12 @@ def test_output_of_the_run_cannot_speak_to_the_terminal(fake, capsys):
     fake.write("saved", "sample \x1b[2J\x07 end\n")
     fake.run("watch", ALL(0))
     assert "sample [2J end\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "events, deleted", [(ALL(3), True), (ALL(76), True), (ALL("idle"), False), ("unreachable", False)]
+)
+def test_delete_after_spares_what_may_be_at_work(fake, events, deleted):
+    with pytest.raises(RunError):
+        fake.run("watch", events, "--delete_after", "--max_restarts=0")
+    assert fake.calls() == ["delete"] * deleted
