@@ -3,8 +3,10 @@
 What runs a call is given, so that it can be gcloud, a print, or a played scenario."""
 
 import dataclasses
+import os
 import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Callable
 
@@ -36,23 +38,32 @@ class Worker:
 
 def execute(call: list[str], timeout_seconds: int = TIMEOUT_SECONDS) -> Result:
     """Runs gcloud.  Raises: InputError if it is not installed."""
+    pipe = subprocess.PIPE
     try:
-        done = subprocess.run(
+        # A group of its own: gcloud starts an ssh for each worker, and none may outlive it.
+        running = subprocess.Popen(
             call,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=pipe,
+            stderr=pipe,
             text=True,
             errors="replace",
-            timeout=timeout_seconds,
+            process_group=0,
         )
     except FileNotFoundError:
         raise InputError(
             "gcloud is not installed, or not on PATH. Install it (https://cloud.google.com/sdk/docs/install), then "
             "run gcloud auth login and gcloud config set project PROJECT."
         ) from None
-    except subprocess.TimeoutExpired:
-        return Result(255, err=f"no answer for {timeout_seconds} seconds")
-    return Result(done.returncode, done.stdout, done.stderr)
+    with running:
+        try:
+            out, err = running.communicate(timeout=timeout_seconds)
+        except BaseException as error:  # Ctrl-C too
+            os.killpg(running.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return Result(255, err=f"no answer for {timeout_seconds} seconds")
+            raise
+    return Result(running.returncode, out, err)
 
 
 class Cloud:

@@ -71,10 +71,10 @@ launch() {
   [ -e "$JOB/ready" ] || fail 2 "worker $(worker) is not set up"
   local workdir=$1; shift
   exec 8>"$JOB/lock"
-  flock -w 5 8 || { echo "@rlhf_jax $(worker) running"; return 0; }
+  flock -w 2 8 || { echo "@rlhf_jax $(worker) running"; return 0; }
   mount_bucket 8>&-  # gcsfuse goes on in the background and must not hold the lock
   mkdir -p "$workdir" || fail 74 "$workdir cannot be made a directory on worker $(worker)"
-  rm -f "$JOB/status" /tmp/libtpu_lockfile  # the latter is left behind by a run that was killed
+  rm -f "$JOB/status" "$JOB/pid" /tmp/libtpu_lockfile  # the latter is left behind by a run that was killed
   date >"$JOB/started"
   # Descriptor 8, and with it the lock, goes on to the process that waits and to the run.
   setsid bash "$0" wait "$workdir" "$@" </dev/null >>"$JOB/wait.log" 2>&1 &
@@ -111,14 +111,21 @@ log() {
   return 0
 }
 
+ends_within() {
+  for _ in $(seq "$1"); do running || return 0; sleep 1; done
+  return 1
+}
+
 stop() {
   running || return 0
-  local pid; pid=$(cat "$JOB/pid")
-  kill -TERM "$pid" 2>/dev/null
-  for _ in $(seq "${STOP_SECONDS:-60}"); do running || return 0; sleep 1; done
+  for _ in 1 2 3 4 5; do [ -e "$JOB/pid" ] && break; sleep 1; done  # launched just now
+  local pid; pid=$(cat "$JOB/pid") || fail 76 "the run on worker $(worker) has not begun"
+  if [ ! -e "$JOB/status" ]; then
+    kill -TERM "$pid" 2>/dev/null
+    ends_within "${STOP_SECONDS:-60}" && return 0
+  elif ends_within 10; then return 0; fi  # it is ending
   kill -KILL -- "-$pid" 2>/dev/null
-  for _ in 1 2 3 4 5; do running || return 0; sleep 1; done
-  fail 76 "the run on worker $(worker) does not end"
+  ends_within 20 || fail 76 "the run on worker $(worker) does not end"
 }
 
 action=$1; shift

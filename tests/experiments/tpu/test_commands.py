@@ -1,12 +1,15 @@
 """The calls as --dry_run prints them, and what is refused before any is made."""
 
 import os
+import pathlib
 import subprocess
+import time
 
 import pytest
 
 from experiments.tpu import __main__ as tpu
 from experiments.tpu import source, types
+from experiments.tpu.cloud import execute
 from experiments.tpu.commands import Job
 from rlhf_jax.errors import InputError, RunError
 from tests.experiments.tpu.conftest import FLAGS, RUN
@@ -136,6 +139,23 @@ def test_a_failing_call_is_shown_with_what_it_said(fake):
         RunError, match="(?s)status 1:\n  gcloud compute tpus tpu-vm create run1 .*PERMISSION_DENIED"
     ):
         tpu.command(["create", *FLAGS])
+
+
+def test_a_call_that_does_not_answer_is_ended_with_all_it_started(fake):
+    (fake.directory / "gcloud").write_text("#!/bin/bash\n/bin/sleep 60 &\necho $! >${0%/*}/child\nwait\n")
+    began = time.monotonic()
+    result = execute(["gcloud", "x"], timeout_seconds=1)
+    assert result.status == 255 and "no answer" in result.err and time.monotonic() - began < 20
+    child = int((fake.directory / "child").read_text())
+    for _ in range(200):  # until its new parent has taken note
+        try:
+            state = pathlib.Path(f"/proc/{child}/stat").read_text().split()[2]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail("it is still there")
 
 
 def git(root, *words):

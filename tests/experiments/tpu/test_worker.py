@@ -123,6 +123,16 @@ def test_stop_lets_the_run_save_and_then_insists(home, behaviour, status):
     assert home("stop") == (0, ""), "with nothing to stop"
 
 
+def test_stop_ends_what_a_run_has_left_behind(home):
+    home.write("rlhf_jax_venv/bin/python", "#!/bin/bash\nsleep 60 &\nexit 76\n", 0o755)
+    home("launch", str(home.path / "out"))
+    home.poll("exited 76")
+    home.tool("seq", "echo 1")  # does not wait as long as it should
+    assert home("stop") == (0, "")
+    assert home("launch", str(home.path / "out"))[1] == "@rlhf_jax 3 launched\n"
+    home.poll("exited 76")
+
+
 def test_after_a_reboot_the_run_counts_as_lost(home):
     home.write("rlhf_jax_job/started")
     home.write("rlhf_jax_job/lock")
