@@ -9,10 +9,12 @@ import time
 import pytest
 
 from experiments.tpu import __main__ as tpu
+from experiments.tpu import source
 
+TOOLS = ("bash", "flock", "setsid", "git")
 pytestmark = pytest.mark.skipif(
-    not (shutil.which("bash") and shutil.which("flock") and shutil.which("setsid")),
-    reason="needs bash and util-linux",
+    not all(map(shutil.which, TOOLS)) or not (source.ROOT / ".git").exists(),
+    reason="needs bash, util-linux and a git clone",
 )
 FLAGS = ["--name=run1", "--zone=us-west4-a", "--type=v4-16", "--allow_dirty", "--delete_after"]
 CLOUD = """#!PYTHON -IS
