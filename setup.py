@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["rlhf_jax*", "experiments*", "configs*"]),
-    package_data={"rlhf_jax.data": ["*.jsonl"]},
+    package_data={"rlhf_jax.data": ["*.jsonl"], "experiments.tpu": ["worker.sh", "jobset.yaml"]},
     install_requires=[
         "jax>=0.10.2,<0.13",  # Python 3.11 resolves to 0.10, 3.12 to 0.12
         "flax>=0.12.8,<0.13",
