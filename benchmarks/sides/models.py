@@ -37,6 +37,7 @@ def make(shape: str, directory: str) -> None:
         num_kv_heads=s.num_kv_heads,
         head_dim=s.head_dim,
         max_position=1024,
+        rope_theta=1_000_000.0,  # Tunix 0.1.7 turns by this, whatever its config says
         tie_embeddings=s.tied,
         initializer_range=0.02,
         bos_id=BOS_ID,

@@ -74,8 +74,13 @@ def policy(workload, model):
     return qwix.apply_lora_to_model(model, provider, **model.get_model_input())
 
 
+def texts(workload, seed=0):
+    """Prompts without their first word: its sampler puts a begin token there."""
+    return [w.text(ids[1:]) for ids, _ in w.rows(workload, workload.rows, seed)]
+
+
 def sampler(workload, model, tokenizer):
-    prompts = [w.text(ids) for ids, _ in w.rows(workload, workload.rows)]
+    prompts = texts(workload)
     s, length = workload.model, workload.prompt + workload.completion
     cache = samplers.CacheConfig(length, s.num_layers, s.num_kv_heads, s.head_dim)
     sample = samplers.Sampler(model, tokenizer, cache)
@@ -170,8 +175,7 @@ def held(workload, learner, trained, gate):
         step(*args)
 
     learner._run_global_step = waiting
-    make = lambda n: [w.text(ids) for ids, _ in w.rows(workload, workload.rows, seed=n)]
-    learner.train([{"prompts": make(n)} for n in range(64)])
+    learner.train([{"prompts": np.array(texts(workload, n))} for n in range(64)])
 
 
 def reward(prompts, completions, **_):
