@@ -132,9 +132,21 @@ def as_pairs(records, found) -> list[Judged]:
         (i, g), (j, h) = better, worse
         known = None if gold is None or h >= len(gold[j]) else (gold[i][g], gold[j][h])
         record = records[i]
-        return Judged(record.prompt, texts(record)[g], texts(records[j])[h], row=record.row, gold=known)
+        pair = Judged(record.prompt, texts(record)[g], texts(records[j])[h], row=record.row, gold=known)
+        label = getattr(record, "soft_label", None)
+        return pair if label is None else doubted(pair, label)
 
     return [judged(*two) for two in found]
+
+
+def doubted(pair: Judged, label: float) -> Judged:
+    """With the probability `label` that `chosen` is the better one; turned round where the other one is likelier."""
+    if label >= 0.5:
+        return dataclasses.replace(pair, soft_label=label)
+    gold = pair.gold and pair.gold[::-1]
+    return dataclasses.replace(
+        pair, chosen=pair.rejected, rejected=pair.chosen, soft_label=1.0 - label, gold=gold
+    )
 
 
 def prompts_of(run, pairs) -> list[tuple]:
@@ -258,6 +270,7 @@ def _pairs(pairs, scores, completions) -> gate_measures.Pairs:
         [str(pair.prompt) for pair in pairs],
         [_source(pair) for pair in pairs],
         gold,
+        [1.0 if pair.soft_label is None else pair.soft_label for pair in pairs],
     )
 
 

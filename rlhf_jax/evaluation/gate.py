@@ -104,21 +104,23 @@ def _without_evidence(m, t):
     """No held-out pairs: the training loss is all there is."""
     if m["held_out_pairs"]:
         return
-    train = m["train_loss"]
+    train, why, end = m["train_loss"], "no pair was held out", "set config.data.held_out_pairs"
+    if m.get("undecided_pairs"):
+        why = f"the labels of all {m['undecided_pairs']} held-out pairs are undecided (soft_label 0.5)"
+        end = "hold out pairs whose label is decided: config.data.held_out_pairs"
     if train is not None and m["probabilities"] and train["value"] < t.memorised_loss:
         yield Finding(
             "Memorised",
             "refuse",
             f"training loss {train['value']:.2g}",
-            f"It knows its training pairs by heart (loss {train['value']:.2g} nats{_times(m)}) and no pair was held "
-            "out, so nothing shows that it understands a new one: set config.data.held_out_pairs or eval_preferences.",
+            f"It knows its training pairs by heart (loss {train['value']:.2g} nats{_times(m)}) and {why}, so nothing "
+            f"shows that it understands a new one: {end} or eval_preferences.",
         )
     yield Finding(
         "Held-out pairs",
         "warn",
         "none",
-        "No pair was held out, so nothing shows whether it is right: set config.data.held_out_pairs or "
-        "config.data.eval_preferences.",
+        f"{why[0].upper()}{why[1:]}, so nothing shows whether it is right: {end} or config.data.eval_preferences.",
     )
 
 
@@ -170,6 +172,8 @@ def _accuracy(m, t):
     if accuracy is None:
         return
     said = f"Agrees with {ranged(accuracy)} of {m['held_out_pairs']} held-out labels"
+    if m.get("undecided_pairs"):
+        said += f", {m['undecided_pairs']} undecided ones left out"
     if m["ceiling"] is not None:
         said += f"; the best possible on labels this noisy is {percent(m['ceiling'])}"
     refused = accuracy["high"] < t.min_accuracy and m["held_out_pairs"] >= t.min_pairs
@@ -296,13 +300,14 @@ def _sources(m, t):
 
 
 def _seen(m, t):
-    share = m["seen_pairs"] / max(m["held_out_pairs"], 1)
+    held_out = m["held_out_pairs"] + m.get("undecided_pairs", 0)
+    share = m["seen_pairs"] / max(held_out, 1)
     if share > t.warn_seen:
         yield Finding(
             "Held-out pairs",
             "warn",
             f"{m['seen_pairs']} seen in training",
-            f"{m['seen_pairs']} of the {m['held_out_pairs']} held-out pairs are word for word among the training "
+            f"{m['seen_pairs']} of the {held_out} held-out pairs are word for word among the training "
             "pairs, so held-out figures flatter it: remove the duplicates.",
         )
 

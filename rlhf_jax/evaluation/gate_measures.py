@@ -29,6 +29,9 @@ class Pairs:
     prompts: Sequence[Hashable]  # N; equal ones are one prompt
     sources: Sequence[str] | None = None  # N
     gold: np.ndarray | None = None  # [N, 2] gold rewards
+    labels: np.ndarray | None = (
+        None  # [N] in [0.5, 1], probability that the first is the better; None: no doubt
+    )
 
     def __post_init__(self):
         for name in ("scores", "tokens", "gold"):
@@ -39,10 +42,29 @@ class Pairs:
                     raise ValueError(
                         f"{name} has {len(getattr(self, name))} pairs; prompts are {len(self.prompts)}."
                     )
+        labels = np.ones(len(self.prompts)) if self.labels is None else np.asarray(self.labels, np.float64)
+        if labels.shape != (len(self.prompts),) or not ((labels >= 0.5) & (labels <= 1)).all():
+            raise ValueError(f"labels are {labels}; expected {len(self.prompts)} numbers from 0.5 to 1.")
+        object.__setattr__(self, "labels", labels)
 
     @property
     def margin(self) -> np.ndarray:
         return self.scores[:, 0] - self.scores[:, 1]
+
+    @property
+    def decided(self) -> np.ndarray:
+        """[N] in [0, 1], the weight of each pair where right or wrong is counted: 0 where its label is a coin."""
+        return 2 * self.labels - 1
+
+    def losses(self, scale: float) -> np.ndarray:
+        """[N] nats, cross-entropy of P(the first is better) = sigmoid(scale * margin) against the label."""
+        logits = scale * self.margin
+        return self.labels * softplus(-logits) + (1 - self.labels) * softplus(logits)
+
+    def some(self, chosen) -> "Pairs":
+        """Those of a mask [N]; of their arrays what a bootstrap needs."""
+        prompts = [self.prompts[i] for i in np.flatnonzero(chosen)]
+        return Pairs(self.scores[chosen], self.tokens[chosen], prompts, labels=self.labels[chosen])
 
     @property
     def groups(self) -> np.ndarray:
@@ -87,12 +109,17 @@ def measure(
     """
     rng, margin, N = np.random.default_rng(seed), held_out.margin, len(held_out.prompts)
     known = train is not None and len(train.prompts) > 0
-    scale = 1.0 if probabilities else scale_of(margin)
-    boot = lambda values, pairs: resampled(values, pairs.groups, bootstrap_samples, rng)
-    right, losses = (margin > 0).astype(float), softplus(-scale * margin)
-    dist, dist_loss = boot(right, held_out), boot(losses, held_out)
+    scale = 1.0 if probabilities else scale_of(margin, held_out.labels)
+    boot = lambda values, pairs, weights=None: resampled(
+        values, pairs.groups, bootstrap_samples, rng, weights
+    )
+    right, losses = (margin > 0).astype(float), held_out.losses(scale)
+    dist, dist_loss = boot(right, held_out, held_out.decided), boot(losses, held_out)
     found = {
-        "held_out_pairs": N,
+        "held_out_pairs": int((held_out.decided > 0).sum()),
+        "undecided_pairs": int(
+            (held_out.decided == 0).sum()
+        ),  # their labels are coins: neither right nor wrong
         "held_out_prompts": len(set(held_out.prompts)),
         "train_pairs": train_pairs,
         "scored_train_pairs": len(train.prompts) if known else 0,
@@ -101,7 +128,7 @@ def measure(
         "elsewhere": elsewhere,
         "scale": scale,
         "probabilities": probabilities,
-        "accuracy": interval(right, dist),
+        "accuracy": interval(right, dist, held_out.decided),
         "loss": interval(losses, dist_loss),
         "train_accuracy": None,
         "train_loss": None,
@@ -111,23 +138,25 @@ def measure(
         "gold": None,
     }
     if known:
-        train_right, train_losses = (train.margin > 0).astype(float), softplus(-scale * train.margin)
-        train_dist, train_dist_loss = boot(train_right, train), boot(train_losses, train)
-        found["train_accuracy"] = interval(train_right, train_dist)
+        train_right, train_losses = (train.margin > 0).astype(float), train.losses(scale)
+        train_dist = boot(train_right, train, train.decided)
+        train_dist_loss = boot(train_losses, train)
+        found["train_accuracy"] = interval(train_right, train_dist, train.decided)
         found["train_loss"] = interval(train_losses, train_dist_loss)
-        if N:
-            gap, gap_loss = train_right.mean() - right.mean(), losses.mean() - train_losses.mean()
+        if found["accuracy"] and found["train_accuracy"]:
+            gap = found["train_accuracy"]["value"] - found["accuracy"]["value"]
             found["accuracy_gap"] = _interval(gap, train_dist - dist)
-            found["loss_gap"] = _interval(gap_loss, dist_loss - train_dist_loss)
+            found["loss_gap"] = _interval(losses.mean() - train_losses.mean(), dist_loss - train_dist_loss)
     found |= of_length(held_out, right, boot)
     found["by_source"] = by_source(held_out, right, boot)
-    found |= of_calibration(scale * margin, rng)
+    found |= of_calibration(scale * margin, held_out.labels, rng)
+    sure_ones = np.abs(scale * margin) > LOG_ODDS
     found["saturation"] = {
         "held_out": sure(scale * margin),
         "train": sure(scale * train.margin) if known else None,
-        "wrong_when_sure": _mean(1 - right[np.abs(scale * margin) > LOG_ODDS]),
+        "wrong_when_sure": _mean(1 - right[sure_ones], held_out.decided[sure_ones]),
     }
-    found["label_noise"] = label_noise(margin)
+    found["label_noise"] = label_noise(margin, held_out.decided)
     if held_out.gold is not None and N:
         found["gold"] = of_gold(held_out, boot)
         if coin_scale is not None:
@@ -149,17 +178,19 @@ LOG_ODDS = float(np.log(SURE / (1 - SURE)))
 # Intervals
 
 
-def resampled(values, groups, samples: int, rng) -> np.ndarray:
-    """[samples] means of `values` [N] over groups drawn with replacement; all values of a group go together.
+def resampled(values, groups, samples: int, rng, weights=None) -> np.ndarray:
+    """[samples] means of `values` [N], weighted by `weights` [N] or all alike, over groups drawn with replacement; all
+    values of a group go together.
 
     With fewer than FEW_GROUPS groups these say nothing of groups in general, so values are drawn one by one.
     """
     values, groups = np.asarray(values, float), np.asarray(groups, int)
-    if not len(values):
+    weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
+    if not weights.sum():
         return np.full(samples, np.nan)
     if len(np.unique(groups)) < FEW_GROUPS:
         groups = np.arange(len(values))
-    sums, counts = np.bincount(groups, values), np.bincount(groups)
+    sums, counts = np.bincount(groups, weights * values), np.bincount(groups, weights)
     sums, counts = sums[counts > 0], counts[counts > 0]
     drawn, step = [], max(1, 4_000_000 // len(sums))
     for start in range(0, samples, step):
@@ -168,9 +199,11 @@ def resampled(values, groups, samples: int, rng) -> np.ndarray:
     return np.concatenate(drawn)
 
 
-def interval(values, dist) -> dict | None:
-    """{"value", "low", "high"}: the mean and the middle 95% of what resampling gives; None of nothing."""
-    return _interval(float(np.mean(values)), dist) if len(values) else None
+def interval(values, dist, weights=None) -> dict | None:
+    """{"value", "low", "high"}: the mean, weighted as `dist` is, and the middle 95% of what resampling gives; None of
+    nothing."""
+    value = _mean(values, weights)
+    return None if value is None else _interval(value, dist)
 
 
 def _interval(value, dist):
@@ -178,8 +211,10 @@ def _interval(value, dist):
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
-def _mean(values):
-    return float(np.mean(values)) if len(values) else None
+def _mean(values, weights=None):
+    if not len(values) or (weights is not None and not np.sum(weights)):
+        return None
+    return float(np.average(values, weights=weights))
 
 
 # Parts
@@ -189,19 +224,19 @@ def of_length(pairs: Pairs, right, boot) -> dict:
     """Accuracy by what length would say, the rule "the longer one wins", and how scores go with length."""
     longer, gap = pairs.tokens.max(1, initial=0), pairs.tokens[:, 0] - pairs.tokens[:, 1]
     kind = np.where(np.abs(gap) <= np.maximum(1, ALIKE * longer), 1, np.where(gap < 0, 0, 2))
-    rule = (np.sign(gap) + 1) / 2  # two of one length: a coin
+    rule, weights = (np.sign(gap) + 1) / 2, pairs.decided  # two of one length: a coin
     rows = [
-        {"group": name, "pairs": int((kind == number).sum())}
-        | {"accuracy": _of_some(pairs, right, kind == number, boot)}
+        {"group": name, "pairs": int(((kind == number) & (weights > 0)).sum())}
+        | {"accuracy": _of_some(pairs, right, kind == number, boot, weights)}
         for number, name in enumerate(GROUPS)
     ]
-    if not len(rule):
+    if not weights.sum():
         return {"by_length": rows, "longer_wins": None, "beyond_length": None, "length_correlation": None}
-    best = max(rule, 1 - rule, key=np.mean)  # of the two rules
+    best = max(rule, 1 - rule, key=lambda one: _mean(one, weights))  # of the two rules
     return {
         "by_length": rows,
-        "longer_wins": interval(rule, boot(rule, pairs)),
-        "beyond_length": interval(right - best, boot(right - best, pairs)),
+        "longer_wins": interval(rule, boot(rule, pairs, weights), weights),
+        "beyond_length": interval(right - best, boot(right - best, pairs, weights), weights),
         "length_correlation": {
             "pearson": correlation(pairs.scores.ravel(), pairs.tokens.ravel()),
             "spearman": rank_correlation(pairs.scores.ravel(), pairs.tokens.ravel()),
@@ -220,28 +255,31 @@ def by_source(pairs: Pairs, right, boot) -> list[dict]:
     if len(counts) < 2:
         return []
     return [
-        {"source": str(name), "pairs": count, "accuracy": _of_some(pairs, right, names == name, boot)}
+        {
+            "source": str(name),
+            "pairs": count,
+            "accuracy": _of_some(pairs, right, names == name, boot, pairs.decided),
+        }
         for count, name in counts
     ]
 
 
-def _of_some(pairs, right, chosen, boot):
-    some = Pairs(
-        pairs.scores[chosen], pairs.tokens[chosen], [pairs.prompts[i] for i in np.flatnonzero(chosen)]
-    )
-    return interval(right[chosen], boot(right[chosen], some))
+def _of_some(pairs, values, chosen, boot, weights=None):
+    some, weights = pairs.some(chosen), None if weights is None else weights[chosen]
+    return interval(values[chosen], boot(values[chosen], some, weights), weights)
 
 
-def of_calibration(logits, rng) -> dict:
-    """Expected calibration error of P(chosen) = sigmoid(logits), and what calibrated scores like these would show by
-    chance: with few pairs no bin is exact."""
+def of_calibration(logits, labels, rng) -> dict:
+    """Expected calibration error of P(chosen) = sigmoid(logits) [N] against labels [N], and what calibrated scores like
+    these would show by chance: with few pairs no bin is exact. Of labels in doubt that is an upper bound, since they
+    differ less than the outcomes that are drawn."""
     confidence = sigmoid(np.abs(logits))
-    right = np.where(logits == 0, 0.5, (logits > 0).astype(float))
+    right = np.where(logits == 0, 0.5, np.where(logits > 0, labels, 1 - labels))
     if not len(logits):
         return {"calibration": [], "ece": None, "ece_by_chance": None}
     chance = [ece(confidence, rng.random(len(logits)) < confidence) for _ in range(SIMULATED)]
     return {
-        "calibration": calibration(logits, BINS),
+        "calibration": calibration(logits, BINS, labels),
         "ece": ece(confidence, right),
         "ece_by_chance": float(np.mean(chance)),
     }

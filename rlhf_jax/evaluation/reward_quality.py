@@ -36,11 +36,13 @@ def quality(scores, gold=None, ceiling=None, train_pairs=0, bins=8) -> dict:
     return found
 
 
-def calibration(margin, bins: int) -> list[list[float]]:
-    """[mean predicted probability, observed fraction, count] a bin, over both orders of each pair."""
+def calibration(margin, bins: int, labels=None) -> list[list[float]]:
+    """[mean predicted probability, observed fraction, count] a bin, over both orders of each pair.
+    labels: [N], the probability that the one with the margin is the better; None: 1."""
     p = 1 / (1 + np.exp(-np.clip(margin, -50, 50)))
     predicted = np.concatenate([p, 1 - p])
-    observed = np.concatenate([np.ones_like(p), np.zeros_like(p)])
+    right = np.ones_like(p) if labels is None else np.asarray(labels, np.float64)
+    observed = np.concatenate([right, 1 - right])
     index = np.minimum((predicted * bins).astype(int), bins - 1)
     rows = []
     for b in range(bins):

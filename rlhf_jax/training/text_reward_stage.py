@@ -22,6 +22,7 @@ from rlhf_jax.models.roles import Role
 from rlhf_jax.models.t5 import T5
 from rlhf_jax.parallel.sharding import module_shardings
 from rlhf_jax.rewards.models.pairs_of_texts import SequenceTokenizer
+from rlhf_jax.rewards.models.steamshp import wording
 from rlhf_jax.training.algorithms import Algorithm
 from rlhf_jax.training.algorithms.reward_models import KINDS, RewardModelSettings
 from rlhf_jax.training.algorithms.reward_records import Known, Scale
@@ -160,8 +161,12 @@ def load_backbone(run: Run, settings) -> Backbone:
     """
     name, rng = settings.backbone, jax.random.fold_in(run.rng(NAME), 1)
     if name == TINY:
-        family = "t5" if settings.kind == "steamshp" else "deberta"
-        corpus = [opening + text for opening, text in run.tiny_corpus]
+        family, corpus = "deberta", [opening + text for opening, text in run.tiny_corpus]
+        if settings.kind == "steamshp":  # whose tokenizer then knows the words of the question too
+            family, corpus = (
+                "t5",
+                ["".join(wording(opening, text, text)) for opening, text in run.tiny_corpus],
+            )
         path = tiny_encoder.make(run.path("encoder"), corpus, family, seed=run.config.seed)
     else:
         path = huggingface.resolve(name)

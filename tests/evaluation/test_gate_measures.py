@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf_jax.evaluation import gate_measures, label_noise
+from rlhf_jax.evaluation import gate, gate_measures, label_noise
 from rlhf_jax.evaluation.gate_measures import Pairs, Samples, measure
-from tests.evaluation.made_gates import flat, healthy, labelled, length_only, margins, prompts, samples
+from tests.evaluation.made_gates import (
+    flat,
+    healthy,
+    labelled,
+    length_only,
+    margins,
+    prompts,
+    samples,
+    thresholds,
+)
 
 
 def test_calibrated_scores_have_no_error_but_chance():
@@ -136,3 +145,59 @@ def test_gold_ceiling_and_sources():
     assert [(one["source"], one["pairs"]) for one in found["by_source"]] == [("b", 3), ("a", 1)]
     with pytest.raises(ValueError, match="scores has 4 pairs; prompts are 3"):
         Pairs(scores, np.ones((4, 2)), prompts(3))
+
+
+def test_labels_in_doubt_by_hand():
+    """Right and wrong count by how decided a label is; losses and calibration are against the label itself."""
+    margin, labels = np.array([2.0, -1.0, 3.0, -3.0]), np.array([1.0, 0.75, 0.5, 0.5])
+    found = measure(Pairs(np.stack([margin, 0 * margin], 1), [[9, 3], [3, 9]] * 2, prompts(4), labels=labels))
+    assert (found["held_out_pairs"], found["undecided_pairs"]) == (2, 2)
+    assert found["accuracy"]["value"] == pytest.approx(1 / 1.5)
+    p = 1 / (1 + np.exp(-margin))
+    assert found["loss"]["value"] == pytest.approx(
+        -np.mean(labels * np.log(p) + (1 - labels) * np.log(1 - p))
+    )
+    # Bins of their own, but for the last two, which are as sure and half right each.
+    certain = np.maximum(p, 1 - p)
+    expected = (1 - certain[0]) + (certain[1] - 0.25) + 2 * (certain[2] - 0.5)
+    assert found["ece"] == pytest.approx(expected / 4)
+    assert sum(count for *_, count in found["calibration"]) == 8
+    assert [(one["pairs"], one["accuracy"] and one["accuracy"]["value"]) for one in found["by_length"]] == [
+        (1, 0.0), (0, None), (1, 1.0)
+    ]  # fmt: skip
+    assert found["longer_wins"]["value"] == pytest.approx(1 / 1.5) and found["beyond_length"]["value"] == 0.0
+    for labels in ([1.0, 0.4], [1.0, np.nan], [1.0]):
+        with pytest.raises(ValueError, match="labels are .*; expected 2 numbers from 0.5 to 1"):
+            Pairs(np.ones((2, 2)), np.ones((2, 2)), prompts(2), labels=labels)
+
+
+def test_pairs_whose_label_is_a_coin_are_neither_right_nor_wrong():
+    some, more = healthy(300), healthy(200)
+    both = lambda name: np.concatenate([getattr(some, name), getattr(more, name)])
+    names = [*some.prompts, *(f"more {name}" for name in more.prompts)]
+    mixed = Pairs(both("scores"), both("tokens"), names, labels=np.repeat([1.0, 0.5], [300, 200]))
+    alone, found = measure(some), measure(mixed, some)
+    assert found["accuracy"] == alone["accuracy"] and found["accuracy_gap"]["value"] == 0.0
+    for key in ("value", "low", "high", "scale"):
+        assert found["label_noise"][key] == pytest.approx(alone["label_noise"][key])
+    undecided = measure(Pairs(more.scores, more.tokens, more.prompts, labels=np.full(200, 0.5)), some)
+    assert undecided["accuracy"] is undecided["accuracy_gap"] is undecided["longer_wins"] is None
+    assert undecided["loss"]["value"] > 0.69 and undecided["held_out_pairs"] == 0
+    judged = gate.judge(undecided, thresholds())
+    assert judged["verdict"] == "warn"
+    assert any(
+        "labels of all 200 held-out pairs are undecided" in one["sentence"] for one in judged["findings"]
+    )
+    assert "200 undecided ones left out" in " ".join(
+        one["sentence"] for one in gate.judge(found, thresholds())["findings"]
+    )
+
+
+def test_scores_that_are_the_log_odds_of_soft_labels_are_calibrated():
+    margin = np.abs(margins(400))
+    labels = 1 / (1 + np.exp(-margin))
+    scores = np.stack([margin, 0 * margin], 1)
+    found = measure(Pairs(scores, np.ones((400, 2)), prompts(400), labels=labels))
+    assert found["ece"] < 1e-9 and found["accuracy"]["value"] == 1.0
+    assert label_noise.scale_of(5 * margin, labels) == pytest.approx(0.2, rel=0.05)
+    assert measure(Pairs(5 * scores, np.ones((400, 2)), prompts(400), labels=labels))["ece"] > 0.1

@@ -10,7 +10,9 @@ import pytest
 from experiments import cli, evaluate, gate, pipeline
 from experiments import run as run_command
 from rlhf_jax.data import tiny_corpus
+from rlhf_jax.data.formats import Pair
 from rlhf_jax.evaluation import gate_page
+from rlhf_jax.training.algorithms.reward_models import KINDS
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.run import Run
 from tests.experiments.small_runs import assert_same_policy, copy_without, run_small
@@ -160,3 +162,16 @@ def test_without_a_learned_reward_there_is_nothing_to_judge(tmp_path):
     assert "gate" in config.stages and pipeline.is_done(Run(config, str(tmp_path), None, None), "gate")
     learned = cli.load_config("configs/grpo.py:tiny", [])
     assert not pipeline.is_done(Run(learned, str(tmp_path), None, None), "gate")
+
+
+def test_a_pair_whose_label_doubts_it_is_judged_the_other_way_round():
+    labels = (None, 0.75, 0.5, 0.25)
+    records = [Pair("p", "a", "b", label) for label in labels]
+    found = gate.as_pairs(records, KINDS["pairwise"].pairs(records))
+    assert [(one.chosen, one.rejected, one.soft_label) for one in found] == [
+        ("a", "b", None), ("a", "b", 0.75), ("a", "b", 0.5), ("b", "a", 0.75)
+    ]  # fmt: skip
+    assert gate.doubted(gate.Judged("p", "a", "b", gold=(1.0, -1.0)), 0.0).gold == (-1.0, 1.0)
+    scores = [[[2.0, 0.0]] * 3, [[0.0, 2.0]]]
+    pairs = gate._pairs(found, scores, [([1], [1, 2])] * 4)
+    assert pairs.labels.tolist() == [1.0, 0.75, 0.5, 0.75]

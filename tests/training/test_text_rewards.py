@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from transformers import AutoTokenizer
 
@@ -18,6 +19,7 @@ from rlhf_jax.models import encoder_heads
 from rlhf_jax.models.roles import Role
 from rlhf_jax.rewards.models import catalogue
 from rlhf_jax.rewards.models.pairs_of_texts import SequenceTokenizer
+from rlhf_jax.rewards.models.steamshp import wording
 from rlhf_jax.training.algorithms.reward_models import KINDS, RewardModelSettings
 from rlhf_jax.training.algorithms.reward_records import Known, Scale
 from rlhf_jax.training.algorithms.text_rewards import TEXT_KINDS, letters
@@ -181,6 +183,37 @@ def test_gradient_is_that_of_the_loss_and_padding_cannot_matter(tiny, kind, chan
     step = 1e-2
     slope = (float(run(moved(step), batch)[0]) - float(run(moved(-step), batch)[0])) / (2 * step)
     assert float((out(gradient)["kernel"] * direction).sum()) == pytest.approx(slope, rel=2e-2, abs=1e-3)
+
+
+def test_a_tiny_t5_learns_which_of_two_texts_has_the_better_word(tmp_path):
+    """From random weights: it has to see which text a word is in, by places alone. Chance gets half of these right."""
+    better, worse = (" good", " fine", " warm", " quick"), (" bad", " late", " cold", " rude")
+    pairs = [Pair("", f" the food was{a}", f" the food was{b}") for a in better for b in worse]
+    corpus = ["".join(wording("", pair.chosen, pair.rejected)) for pair in pairs]
+    path = tiny_encoder.make(str(tmp_path / "t5"), corpus, "t5", vocab_size=330, width=32)
+    settings, _, network, role, _, _, batch = prepared({"t5": path}, "steamshp", {}, pairs)
+    optimizer = optax.adam(3e-3)
+
+    def objective(role):
+        loss, (_, metrics) = TEXT_KINDS["steamshp"].objective(
+            settings, network, {"reward": role}, {}, {}, batch, None
+        )
+        right = jnp.argmax(letters(network, role, batch), axis=-1) == 0
+        return loss, (right.mean(), metrics["answered"].mean())
+
+    @jax.jit
+    def train(role):
+        def step(carry, _):
+            role, state = carry
+            (loss, found), gradient = jax.value_and_grad(objective, has_aux=True)(role)
+            updates, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(role, updates), state), (loss, *found)
+
+        return jax.lax.scan(step, (role, optimizer.init(role)), length=60)[1]
+
+    loss, right, answered = np.asarray(train(role))
+    assert right[0] < 0.8 and answered[0] < 0.1
+    assert right[-1] == 1.0 and answered[-1] > 0.9 and loss[-1] < 0.2
 
 
 def test_markers_get_rows_of_their_own(tiny):

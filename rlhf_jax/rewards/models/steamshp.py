@@ -15,7 +15,12 @@ from rlhf_jax.rewards.models import comparing, reading
 from rlhf_jax.rewards.models.pairs_of_texts import SequenceTokenizer
 from rlhf_jax.rewards.models.remembering import Remembered
 
-QUESTION = "\n\n Which response is better? RESPONSE"
+
+def wording(prompt, first: str, second: str) -> tuple[str, str, str, str]:
+    """What is read: the post, both responses, the question. Texts without line ends, as the model was trained on."""
+    post, first, second = (" ".join(text.split()) for text in (readable(prompt), first, second))
+    question = "\n\n Which response is better? RESPONSE"
+    return f"POST: {post}", f"\n\n RESPONSE A: {first}", f"\n\n RESPONSE B: {second}", question
 
 
 class Question:
@@ -31,15 +36,9 @@ class Question:
 
     def input(self, prompt, first: str, second: str) -> tuple[list[int], list[int]]:
         """(ids, type ids)."""
-        plain, most = self._tokenizer.plain, self._max_tokens
-        # Texts without line ends, as the model was trained on.
-        post, first, second = (" ".join(text.split()) for text in (readable(prompt), first, second))
-        first, second = (
-            plain(f"\n\n RESPONSE {name}: {text}")[: most // 3]
-            for name, text in (("A", first), ("B", second))
-        )
-        rest = [*first, *second, *plain(QUESTION), self._tokenizer.eos_id]
-        post = plain(f"POST: {post}")
+        most = self._max_tokens
+        post, first, second, question = map(self._tokenizer.plain, wording(prompt, first, second))
+        rest = [*first[: most // 3], *second[: most // 3], *question, self._tokenizer.eos_id]
         ids = [*post[max(0, len(post) - (most - len(rest))) :], *rest]
         return ids, [0] * len(ids)
 
