@@ -1,4 +1,6 @@
-"""Random weights of a shape, as the Hugging Face directory that every side loads.   python -m benchmarks.sides.models S DIR"""
+"""Random weights of a shape, as the Hugging Face directory that every side loads.
+
+python -m benchmarks.sides.models S DIRECTORY"""
 
 import os
 import sys

@@ -17,7 +17,6 @@ from rlhf_jax.losses.logprobs import token_logprobs
 from rlhf_jax.models import heads
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.models.roles import Role
-from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.sampling.generate import SamplingConfig, generate
 from rlhf_jax.training import offline, online, stages
 from rlhf_jax.training.console import Console
@@ -42,9 +41,10 @@ def sampler(workload, model, params):
         workload.completion, w.TEMPERATURE, eos_ids=(w.EOS_ID,), min_new_tokens=workload.completion
     )
 
-    def one(rng=[jax.random.key(0)]):  # noqa: B006
-        rng[0], key = jax.random.split(rng[0])
-        jax.block_until_ready(generate(model, params, prompts, jnp.ones_like(prompts), key, settings))
+    keys = iter(jax.random.split(jax.random.key(0), 1000))
+
+    def one():
+        jax.block_until_ready(generate(model, params, prompts, jnp.ones_like(prompts), next(keys), settings))
 
     return one
 

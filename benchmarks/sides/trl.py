@@ -39,7 +39,12 @@ def sampler(workload, model):
     prompts = torch.tensor([ids for ids, _ in w.rows(workload, workload.rows)])
     length = dict(min_new_tokens=workload.completion, max_new_tokens=workload.completion)
     settings = transformers.GenerationConfig(
-        do_sample=True, temperature=w.TEMPERATURE, top_k=0, pad_token_id=w.PAD_ID, eos_token_id=w.EOS_ID, **length
+        do_sample=True,
+        temperature=w.TEMPERATURE,
+        top_k=0,
+        pad_token_id=w.PAD_ID,
+        eos_token_id=w.EOS_ID,
+        **length,
     )
 
     def one():
@@ -102,7 +107,12 @@ def sft(workload, model, model_dir, tokenizer, gate):
     data = Dataset.from_list([{"text": w.text(ids + made[0])} for ids, made in examples(workload)])
     config = SFTConfig(**settings(workload, max_steps=64, max_length=None))
     return SFTTrainer(
-        model, config, train_dataset=data, processing_class=tokenizer, peft_config=lora(workload), callbacks=[Held(gate)]
+        model,
+        config,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=lora(workload),
+        callbacks=[Held(gate)],
     )
 
 

@@ -30,12 +30,24 @@ ALL_LINEAR = ".*q_proj|.*k_proj|.*v_proj|.*o_proj|.*gate_proj|.*up_proj|.*down_p
 MESH = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 1), ("fsdp", "tp"))
 
 
+class Llama(models.Llama3):
+    """Its scores and values hand every model `segment_ids`, which its own Llama (0.1.7) does not take."""
+
+    def __call__(self, *args, segment_ids=None, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+models.Llama3 = Llama
+
+
 def build(workload: w.Workload, model_dir: str, gate: Gate):
     with MESH:
         model = load(workload, model_dir)
         ids = jnp.asarray(probe(workload.model.vocab_size))
         mask = jnp.ones(ids.shape, bool)
-        logits, _ = model(ids, sft_utils.build_positions_from_mask(mask), None, sft_utils.make_causal_attn_mask(mask))
+        logits, _ = model(
+            ids, sft_utils.build_positions_from_mask(mask), None, sft_utils.make_causal_attn_mask(mask)
+        )
         logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], -1)[..., 0]
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         if workload.kind == "sample":
