@@ -32,8 +32,8 @@ def versions(name: str, folder: str) -> str:
     wanted = {"ours": ("jax", "flax"), "tunix": ("google-tunix", "jax", "flax")}.get(
         name, ("trl", "transformers", "torch", "peft")
     )
-    code = "import sys; from importlib.metadata import version as v; print(', '.join(f'{n} {v(n)}' for n in sys.argv[1:]))"
+    code = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
     done = subprocess.run(
         [python_of(name, folder), "-c", code, *wanted], check=True, capture_output=True, text=True
     )
-    return done.stdout.strip()
+    return ", ".join(f"{name} {found}" for name, found in zip(wanted, done.stdout.split(), strict=True))

@@ -41,7 +41,7 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """kind: sample, sft, dpo, grpo, ppo. rows: prompts (of dpo, pairs) with `completions` of `completion` tokens each."""
+    """kind: sample, sft, dpo, grpo, ppo. rows: prompts (dpo: pairs); each has `completions`, of `completion` tokens."""
 
     kind: str
     shape: str
