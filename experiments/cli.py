@@ -74,7 +74,7 @@ def load_saved(workdir: str, overrides: list[str]):
 
     path = os.path.join(workdir, "config.json")
     if not os.path.isfile(path):
-        raise InputError(f"{path} does not exist; --workdir is the directory of a run that was started.")
+        raise InputError(f"{path} does not exist; {workdir} is not the directory of a run that was started.")
 
     def tuples(x):
         if isinstance(x, dict):
