@@ -2,6 +2,7 @@
 
 One table, RULES. A name that is not in it is refused: linen would replicate it in silence."""
 
+import contextlib
 import math
 
 import flax.linen as nn
@@ -19,18 +20,41 @@ from rlhf_jax.models.roles import Role
 
 RULES = (
     ("batch", ("data", "fsdp")),
+    ("rows", ("data", "fsdp")),  # of a batch, in what linear maps read and write; see decoding()
+    ("lookup", "data"),  # of a batch, while token ids become rows of a table that fsdp splits
+    ("draws", ("data", "fsdp", "tensor")),  # rows of logits: each device draws for its own
     ("embed", "fsdp"),  # of weights
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
     ("width", None),  # of activations
+    ("width_of_weights", None),  # when they are used: gathered, layer by layer
     ("tokens", None),
     ("head_size", None),
     ("layers", None),
     ("rank", None),
     ("norm", None),
 )
+
+# While few rows at a time are decoded, weights stay where they are and the few activations travel instead: the
+# weight-stationary layout in two dimensions of Pope et al. 2022, arXiv:2211.05102. Attention stays split by rows.
+DECODING = {"rows": "data", "width": "fsdp", "width_of_weights": "fsdp"}
+
+
+@contextlib.contextmanager
+def decoding(config: LlamaConfig, rows: int):
+    """Trace the decoding of one token for each of `rows` inside this: it chooses what travels between devices, per
+    token and layer, by its size. Nothing changes without an active mesh (mesh.activate)."""
+    rules = dict(nn.get_logical_axis_rules())
+    if rules:
+        weights = sum(math.prod(i) * math.prod(o) for i, o in lora.shapes(config).values())
+        activations = sum(math.prod(i) + math.prod(o) for i, o in lora.shapes(config).values())
+        rows_a_device = rows / jax.sharding.get_abstract_mesh().shape.get("data", 1)
+        if rows_a_device * activations < weights:
+            rules |= DECODING
+    with nn.logical_axis_rules(tuple(rules.items())):
+        yield
 
 
 def spec(names, shape, mesh: Mesh, where: str = "") -> PartitionSpec:
