@@ -1,5 +1,5 @@
-"""Where arrays lie while the decoder runs, asked for by logical axis names: requests to the partitioner of the mesh that
-is active, and nothing at all without one.
+"""Where arrays lie while the decoder runs, asked for by logical axis names: requests to the partitioner of the active
+mesh, and nothing at all without one.
 
 Knows no mesh axis: the rules that are active (parallel/sharding.py) say what a name means."""
 
@@ -57,3 +57,9 @@ def per_device(x_BTKC):
     """Keys or values with each head as often as `kv_heads` says, so that a device holds those that its queries read."""
     K = x_BTKC.shape[2]
     return constrain(jnp.repeat(x_BTKC, kv_heads(K) // K, axis=2), "batch", "tokens", "kv_heads", "head_size")
+
+
+def columns_at_a_time(V: int, wanted: int) -> int:
+    """Vocabulary entries a piece of fused losses; 0: all. All, if no device has more than `wanted` columns of the head
+    as its own: a piece across devices would be copied to all of them, and its logits computed by each."""
+    return 0 if V <= wanted * ways("vocab") else wanted
