@@ -115,6 +115,12 @@ def module_shardings(module: nn.Module, mesh: Mesh, num_inputs: int = 2):
     return named(names, shapes, mesh)
 
 
+def adapter_shardings(config: LlamaConfig, settings: lora.LoraConfig, mesh: Mesh) -> lora.Adapter:
+    """NamedShardings of an adapter that is not there yet."""
+    shapes = jax.eval_shape(lambda rng: lora.init(rng, config, settings), jax.random.key(0))
+    return named(lora.logical_axes(shapes), shapes, mesh)
+
+
 def role_shardings(role: Role, config: LlamaConfig, mesh: Mesh) -> Role:
     """NamedShardings of a role: adapters split as the kernels they stand beside."""
     adapter = None if role.adapter is None else named(lora.logical_axes(role.adapter), role.adapter, mesh)

@@ -127,12 +127,14 @@ class Run:
         if role.base is not None:
             return role.base
         with meshes.activate(self.mesh):
-            return jax.jit(lora.merge, static_argnums=2)(self.raw_base, role.adapter, settings)
+            as_loaded = jax.tree.map(lambda x: x.sharding, self.raw_base)
+            merge = jax.jit(lora.merge, static_argnums=2, out_shardings=as_loaded)
+            return merge(self.raw_base, role.adapter, settings)
 
     def load_role(self, name: str):
         """(role on the mesh, LoRA settings, meta)."""
         dtype = jnp.dtype(self.config.model.param_dtype)
-        role, settings, meta = role_files.load_role(self.role_path(name), self.model.config, dtype)
+        role, settings, meta = role_files.load_role(self.role_path(name), self.model.config, dtype, self.mesh)
         return (
             jax.device_put(role, sharding.role_shardings(role, self.model.config, self.mesh)),
             settings,
