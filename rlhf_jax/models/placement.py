@@ -15,8 +15,12 @@ _ACTIVE = {"embed": "width"}
 
 
 def constrain(x, *names):
-    """x [...], its axes laid as the rules have it for these names; None: whole."""
-    return nn.with_logical_constraint(x, names)
+    """x [...], its axes laid as the rules have it for these names; None: whole. So are key/value heads that are fewer
+    than the devices along their axis, as in parallel/sharding.py's `spec`."""
+    few = [name == "kv_heads" and size % ways(name) for name, size in zip(names, x.shape, strict=True)]
+    return nn.with_logical_constraint(
+        x, tuple(None if whole else n for n, whole in zip(names, few, strict=True))
+    )
 
 
 def used(kernel, *names):
