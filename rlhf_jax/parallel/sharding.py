@@ -146,6 +146,21 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, trained, shardi
     )
 
 
+def in_place(update):
+    """update(state, ...) -> (state, metrics), jitted: the state is donated, and the new one lies as the first one did.
+    Left to choose, the partitioner may copy to every device what it finds handy there."""
+    compiled = None
+
+    def call(state, *more):
+        nonlocal compiled
+        if compiled is None:
+            where = jax.tree.map(lambda x: x.sharding, state)
+            compiled = jax.jit(update, donate_argnums=0, out_shardings=(where, None))
+        return compiled(state, *more)
+
+    return call
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
