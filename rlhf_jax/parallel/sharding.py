@@ -34,8 +34,13 @@ RULES = (
     ("head_size", None),
     ("layers", None),
     ("rank", None),
+    # Of adapters, whose other side has no width that fsdp could split; gathered when they are used.
+    ("mlp_of_adapter", ("tensor", "fsdp")),
+    ("head_size_of_adapter", "fsdp"),
     ("norm", None),
 )
+
+MAY_BE_WHOLE = ("kv_heads", "mlp_of_adapter", "head_size_of_adapter")  # along axes that do not divide them
 
 # While few rows at a time are decoded, weights stay where they are and the few activations travel instead: the
 # weight-stationary layout in two dimensions of Pope et al. 2022, arXiv:2211.05102. Attention stays split by rows.
@@ -61,21 +66,21 @@ def spec(names, shape, mesh: Mesh, where: str = "") -> PartitionSpec:
     """The partition of an array whose axes have these logical names.
 
     Raises: InputError for a name without a rule, or a size that its mesh axes do not divide. Key/value heads fewer
-      than the tensor axis are replicated instead, as every grouped-query model needs.
+      than the tensor axis are replicated instead, as every grouped-query model needs, and factors of adapters.
     """
     table, parts = dict(RULES), []
     for name, size in zip(names, shape, strict=True):
         if name is not None and name not in table:
             raise InputError(f"{where}: logical axis {name!r} has no rule in RULES.")
-        axes = table.get(name)
-        ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-        if size % ways:
-            if name != "kv_heads":
+        axes = table.get(name) or ()
+        axes = (axes,) if isinstance(axes, str) else axes
+        while size % (ways := math.prod(mesh.shape[a] for a in axes)):
+            if name not in MAY_BE_WHOLE:
                 raise InputError(
-                    f"{where}: axis {name!r} of size {size} cannot be split {ways} ways over {axes}."
+                    f"{where}: axis {name!r} of size {size} cannot be split {ways} ways over {table[name]}."
                 )
-            axes = None
-        parts.append(axes)
+            axes = axes[:-1]
+        parts.append(axes[0] if len(axes) == 1 else axes or None)
     return PartitionSpec(*parts)
 
 

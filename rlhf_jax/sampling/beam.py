@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import placement
+from rlhf_jax.models import lora, placement
 from rlhf_jax.models.llama import Llama, empty_cache
 from rlhf_jax.models.roles import last_state
 from rlhf_jax.parallel import sharding
@@ -139,12 +139,14 @@ def beam_search(
         tokens = jax.lax.dynamic_index_in_dim(running.ids, step - 1, 2, keepdims=False)
         with sharding.decoding(model.config, B * N):
             hidden, cache = apply(
-                tokens, prompt_mask, step - 1, prompt_cache, cache, adapters, method=Llama.decode
+                tokens, prompt_mask, step - 1, prompt_cache, cache, at_hand, method=Llama.decode
             )
         return step + 1, *choose(hidden, step, running, complete, open_), cache
 
     hidden, prompt_cache = apply(prompt_ids, prompt_mask, adapters, method=Llama.prefill)
     first = jnp.broadcast_to(last_state(hidden, prompt_mask)[:, None], (B, N, hidden.shape[-1]))
+    with sharding.decoding(model.config, B * N):
+        at_hand = None if adapters is None else lora.gathered(adapters)
     cache = empty_cache(model.config, B, N, R)
     nothing = _Beams(
         ids=jnp.full((B, N, R), c.pad_id, jnp.int32),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import heads, placement
+from rlhf_jax.models import heads, lora, placement
 from rlhf_jax.models.llama import Llama, empty_cache
 from rlhf_jax.models.roles import last_state
 from rlhf_jax.parallel import sharding
@@ -75,6 +75,8 @@ def generate(
 
     hidden, prompt_cache = apply(prompt_ids, prompt_mask, adapters, method=Llama.prefill)
     first = jnp.broadcast_to(last_state(hidden, prompt_mask)[:, None], (B, G, hidden.shape[-1]))
+    with sharding.decoding(model.config, B * G):
+        at_hand = None if adapters is None else lora.gathered(adapters)
     cache = empty_cache(model.config, B, G, R)
 
     def choose(hidden, step, seen):
@@ -119,7 +121,7 @@ def generate(
         step, tokens, made, seen, cache = carry
         with sharding.decoding(model.config, B * G):
             hidden, cache = apply(
-                tokens, prompt_mask, step - 1, prompt_cache, cache, adapters, method=Llama.decode
+                tokens, prompt_mask, step - 1, prompt_cache, cache, at_hand, method=Llama.decode
             )
         tokens, made, seen = record(made, step, hidden, seen)
         return step + 1, tokens, made, seen, cache

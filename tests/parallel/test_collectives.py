@@ -42,7 +42,8 @@ def test_a_step_of_the_sampler_moves_neither_weights_nor_caches(shape):
     for one in in_loop:
         for array in one.shapes:
             assert math.prod(array) <= largest < D * F // tensor, one
-            assert array[-2:] not in {(R, C), (P, C), (D, RANK), (RANK, D)}, one
+            assert array[-2:] not in {(R, C), (P, C)}, one
+            assert one.kind != "all-gather" or RANK not in array, one  # adapters are, once and before
     kinds = {"o_proj": set(), "up_proj": set()}
     for name, found in kinds.items():
         found.update(one.kind for one in in_loop if name in one.op)

@@ -183,10 +183,10 @@ def ways(name, sizes):
     if "norm" in name:
         return 1
     factor = re.search(r"\['(\w+)_proj'\]\['([ab])'\]", name)
-    if factor:  # of an adapter: the side of width D lies along fsdp, the other along tensor
+    if factor:  # of an adapter: the side of width D lies along fsdp, the other along both
         projection, side = factor.groups()
         wide = (side == "a") != (projection in ("o", "down"))
-        return fsdp if wide else 1 if kv > 1 and projection in "kv" else tensor
+        return fsdp if wide else fsdp * (1 if kv > 1 and projection in "kv" else tensor)
     if "k_proj" in name or "v_proj" in name:
         return fsdp if kv > 1 else fsdp * tensor
     return fsdp * tensor
