@@ -165,7 +165,9 @@ class Run:
         if train == "full":
             own = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
             return Role(None, head, own, depth, pooling)
-        return Role(lora.init(rng, config, self.lora), head, None, depth, pooling)
+        split = sharding.adapter_shardings(config, self.lora, self.mesh)
+        adapter = jax.device_put(lora.init(rng, config, self.lora), split)
+        return Role(adapter, head, None, depth, pooling)
 
     def network(self, temperature: float = 1.0) -> Network:
         return Network(self.model, self.config.model.vocab_chunk, temperature or 1.0)
