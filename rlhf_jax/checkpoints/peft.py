@@ -13,6 +13,7 @@ from rlhf_jax.checkpoints.tensors import Leaf
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.lora import ATTENTION, MLP, Adapter, LoraConfig, scales_of, shapes
+from rlhf_jax.parallel.sharding import adapter_shardings
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PARENT = {**dict.fromkeys(ATTENTION, "self_attn"), **dict.fromkeys(MLP, "mlp")}
@@ -34,9 +35,10 @@ _INERT = {
 _NEUTRAL = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 
 
-def load_adapter(path: str, config: LlamaConfig) -> tuple[Adapter, LoraConfig]:
+def load_adapter(path: str, config: LlamaConfig, mesh=None) -> tuple[Adapter, LoraConfig]:
     """(adapter in float32, its settings) from a PEFT directory, for a decoder of this shape.
 
+    mesh: place the arrays on it by the rules of parallel/sharding.py.
     Raises: InputError naming a setting that is not supported, or listing all tensors that do not fit.
     """
     source = os.path.join(path, CONFIG)
@@ -47,7 +49,8 @@ def load_adapter(path: str, config: LlamaConfig) -> tuple[Adapter, LoraConfig]:
     found = tensors.inspect(file)
     leaves = _leaves(config, lora)
     tensors.check(found, leaves, file, f"Check {source} and that the adapter was trained on this base model.")
-    weights = tensors.gather(leaves, lambda name, slices: found[name].read(slices), jnp.float32)
+    shardings = None if mesh is None else adapter_shardings(config, lora, mesh).weights
+    weights = tensors.gather(leaves, lambda name, slices: found[name].read(slices), jnp.float32, shardings)
     return Adapter(weights, scales_of(lora)), lora
 
 

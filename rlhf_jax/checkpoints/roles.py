@@ -97,8 +97,14 @@ def parts_of(role: Role) -> list[str]:
     return [name for name, part in held.items() if part is not None]
 
 
-def load_role(path: str, config: LlamaConfig, dtype=jnp.float32) -> tuple[Role, LoraConfig | None, dict]:
-    """(role, its LoRA settings or None, meta). Arrays are on the default device: the caller places them."""
+def load_role(
+    path: str, config: LlamaConfig, dtype=jnp.float32, mesh=None
+) -> tuple[Role, LoraConfig | None, dict]:
+    """(role, its LoRA settings or None, meta).
+
+    mesh: adapters and weights go straight into their shards, as load_llama's; heads and gates, which are small, are on
+      the default device, and so is all without a mesh: the caller places them.
+    """
     from safetensors.numpy import load_file
 
     if not exists(path):
@@ -109,9 +115,9 @@ def load_role(path: str, config: LlamaConfig, dtype=jnp.float32) -> tuple[Role, 
             meta = json.load(file)
         depth, pooling, parts = meta["depth"], meta["pooling"], meta["parts"]
         if "adapter" in parts:
-            adapter, lora = peft.load_adapter(path, shallower(config, depth))
+            adapter, lora = peft.load_adapter(path, shallower(config, depth), mesh)
         if "base" in parts:
-            _, base = huggingface.load_llama(path, dtype)
+            _, base = huggingface.load_llama(path, dtype, mesh)
         arrays = lambda file: {n: jnp.asarray(x) for n, x in load_file(os.path.join(path, file)).items()}
         if "head" in parts:
             head = arrays(HEAD)
@@ -120,7 +126,7 @@ def load_role(path: str, config: LlamaConfig, dtype=jnp.float32) -> tuple[Role, 
         # Roles written before there were others are read as plain scores.
         readout = Readout(**meta.get("readout", {}))
         members = [
-            load_role(os.path.join(path, MEMBER.format(n)), config, dtype)
+            load_role(os.path.join(path, MEMBER.format(n)), config, dtype, mesh)
             for n in range(meta.get("members", 0))
         ]
         lora = members[0][1] if members else lora

@@ -165,10 +165,19 @@ def _make(leaf, read, dtype, sharding):
         whole = (slice(None),) * len(leaf.shape)
         (array,) = _fill(leaf, read, dtype, [whole])
         return jax.block_until_ready(jax.device_put(array))
-    wanted = {_key(i, leaf.shape): i for i in sharding.addressable_devices_indices_map(leaf.shape).values()}
-    parts = dict(zip(wanted, _fill(leaf, read, dtype, list(wanted.values())), strict=True))
+    places = sharding.addressable_devices_indices_map(leaf.shape).values()
+    parts = host_parts(leaf, read, dtype, places)
     array = jax.make_array_from_callback(leaf.shape, sharding, lambda index: parts[_key(index, leaf.shape)])
     return jax.block_until_ready(array)
+
+
+def host_parts(leaf: Leaf, read: Callable, dtype, indices) -> dict:
+    """{(start, stop) of each axis: host array} of the parts of an array that some devices hold, each read once.
+
+    read: as of `gather`. indices: of the devices, as a Sharding's devices_indices_map gives them.
+    """
+    wanted = {_key(index, leaf.shape): index for index in indices}
+    return dict(zip(wanted, _fill(leaf, read, dtype, list(wanted.values())), strict=True))
 
 
 def _fill(leaf, read, dtype, indices):

@@ -13,7 +13,7 @@ import numpy as np
 
 from rlhf_jax.data.batching import pad_prompts
 from rlhf_jax.losses.logprobs import fused_token_logprobs
-from rlhf_jax.models import roles
+from rlhf_jax.models import placement, roles
 from rlhf_jax.models.llama import unembedding
 from rlhf_jax.models.roles import Role
 from rlhf_jax.rewards import learned
@@ -68,7 +68,7 @@ def completions_of(
                 states,
                 vocabulary,
                 batch.completion_ids,
-                chunk_size=vocab_chunk,
+                chunk_size=placement.columns_at_a_time(vocabulary.shape[-1], vocab_chunk),
                 temperature=temperature,
             )
             log_ratio = jnp.where(batch.completion_mask > 0, batch.old_logprobs - logprobs, 0.0)

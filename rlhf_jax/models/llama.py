@@ -10,10 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, placement
 from rlhf_jax.models.attention import DecodeContext, GroupContext
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.lora import AXES, Adapter, shapes
+
+HEADS = ("batch", "tokens", "heads", "head_size")
+CACHE = ("layers", "batch", None, "kv_heads", None, None)
 
 
 class RMSNorm(nn.Module):
@@ -42,18 +45,20 @@ class Projection(nn.Module):
         init = nn.with_logical_partitioning(
             nn.initializers.normal(self.config.initializer_range), names_in + names_out
         )
-        y = contract(x, self.param("kernel", init, inputs + outputs), len(inputs))
+        kernel = self.param("kernel", init, inputs + outputs).astype(x.dtype)  # before it is gathered
+        y = contract(x, placement.used(kernel, *names_in, *names_out), len(inputs))
         if self.bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, names_out)
             y = y + over_last(self.param("bias", init, outputs), y)
         if adapter is not None and self.target in adapter:
-            a, b = adapter[self.target]["a"].astype(x.dtype), adapter[self.target]["b"].astype(x.dtype)
+            a, b = (adapter[self.target][side].astype(x.dtype) for side in "ab")
+            a, b = placement.used(a, *names_in, "rank"), placement.used(b, "rank", *names_out)
             lead = x.shape[: x.ndim - len(inputs)]
             low = _low_rank(
                 x.reshape(-1, math.prod(inputs)), a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
             )
             y = y + low.reshape(*lead, *outputs)
-        return y
+        return placement.activation(y, *names_out)
 
 
 class Attention(nn.Module):
@@ -64,6 +69,7 @@ class Attention(nn.Module):
         c = self.config
         project = {n: Projection(c, f"{n}_proj", c.attention_bias, name=f"{n}_proj") for n in "qkvo"}
         q, k, v = (project[n](x, layer["adapter"]) for n in "qkv")
+        q, k, v = placement.constrain(q, *HEADS), placement.per_device(k), placement.per_device(v)
         q, k = attention.rotate(q, rotary), attention.rotate(k, rotary)
         if isinstance(context, DecodeContext):
             cache, out = _decode(q, k, v, cache, layer, context)
@@ -72,6 +78,7 @@ class Attention(nn.Module):
             out = attention.group_attention(q, k, v, context)
             # Only a prefill keeps these; elsewhere they are dead and the compiler drops them.
             made = tuple(y.swapaxes(1, 2) for y in (k, v))
+        out = placement.activation(placement.constrain(out, *HEADS), "heads", "head_size")
         return project["o"](out, layer["adapter"]), cache, made
 
 
@@ -101,7 +108,7 @@ class Block(nn.Module):
         )
         x = x + y
         x = x + Mlp(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x), layer["adapter"])
-        return (nn.with_logical_constraint(x, ("batch", "tokens", "width")), cache), made
+        return (placement.activation(x, "embed"), cache), made
 
 
 class Llama(nn.Module):
@@ -180,10 +187,11 @@ class Llama(nn.Module):
         )
 
     def logits(self, hidden):
-        return self.embed.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+        logits = self.embed.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+        return placement.constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab")
 
     def _run(self, ids, positions, context, adapters, cache=None, prompt_cache=None):
-        x = nn.with_logical_constraint(self.embed(ids), ("batch", "tokens", "width"))
+        x = placement.embedded(self.embed, ids)
         layer = {
             "adapter": None if adapters is None else adapters.scaled(),
             "prompt_cache": prompt_cache,
@@ -207,8 +215,8 @@ def unembedding(params: dict) -> jax.Array:
 
 def empty_cache(config: LlamaConfig, B: int, G: int, R: int):
     """Keys and values [L, B, G, K, R, C] for G completions of up to R tokens."""
-    shape = (config.num_layers, B, G, config.num_kv_heads, R, config.head_dim)
-    return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
+    shape = (config.num_layers, B, G, placement.kv_heads(config.num_kv_heads), R, config.head_dim)
+    return tuple(placement.constrain(jnp.zeros(shape, config.dtype), *CACHE) for _ in "kv")
 
 
 def _decode(q, k, v, cache, layer, context):
@@ -221,6 +229,7 @@ def _decode(q, k, v, cache, layer, context):
         )
         for whole, new in zip(cache, (k, v), strict=True)
     )
+    keys, values = (placement.constrain(whole, *CACHE) for whole in (keys, values))
     own = (jax.lax.dynamic_index_in_dim(whole, at, keepdims=False) for whole in (keys, values))
     return (keys, values), attention.decode_attention(q, *layer["prompt_cache"], *own, context)
 

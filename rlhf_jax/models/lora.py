@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models import placement
 from rlhf_jax.models.config import LlamaConfig
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -117,9 +118,25 @@ def scales_of(lora: LoraConfig) -> tuple[tuple[str, float], ...]:
 
 
 def logical_axes(adapter: Adapter) -> Adapter:
-    """The same tree with a tuple of logical axis names for each array."""
+    """The same tree with a tuple of logical axis names for each array, as it is stored."""
+    stored = {"mlp": "mlp_of_adapter", "head_size": "head_size_of_adapter"}
+    return _named(adapter, lambda name: stored.get(name, name))
+
+
+def gathered(adapter: Adapter) -> Adapter:
+    """The adapter as the layers read it, all of them at once: before a loop that would gather it again and again."""
+    names = _named(adapter, lambda name: name)
+    lay = lambda names, x: placement.used(x, *names)
+    weights = jax.tree.map(lay, names.weights, adapter.weights, is_leaf=lambda x: isinstance(x, tuple))
+    return adapter.replace(weights=weights)
+
+
+def _named(adapter, of):
     names = {
-        name: {"a": ("layers", *AXES[name][0], "rank"), "b": ("layers", "rank", *AXES[name][1])}
+        name: {
+            "a": ("layers", *map(of, AXES[name][0]), "rank"),
+            "b": ("layers", "rank", *map(of, AXES[name][1])),
+        }
         for name in adapter.weights
     }
     return Adapter(names, adapter.scales)

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.models import placement
 from rlhf_jax.models.encoder_config import T5Config
 from rlhf_jax.models.encoder_layers import (
     ACTIVATIONS,
@@ -120,13 +121,13 @@ class T5(nn.Module):
 
     def encode(self, ids, mask):
         """[B, S, D], to be read by any number of `decode`s."""
-        x = nn.with_logical_constraint(self.embed(ids), ("batch", "tokens", "width"))
+        x = placement.embedded(self.embed, ids)
         return self.encoder(x, mask)
 
     def decode(self, decoder_ids, encoded, mask, decoder_mask=None):
         """[B, T, D] of the decoder, after its final norm. mask: [B, S], of the encoder's tokens."""
         own = jnp.ones_like(decoder_ids) if decoder_mask is None else decoder_mask
-        x = nn.with_logical_constraint(self.embed(decoder_ids), ("batch", "tokens", "width"))
+        x = placement.embedded(self.embed, decoder_ids)
         return self.decoder(x, own, (encoded, mask))
 
     def logits(self, hidden):

@@ -2,6 +2,7 @@
 
 One table, RULES. A name that is not in it is refused: linen would replicate it in silence."""
 
+import contextlib
 import math
 
 import flax.linen as nn
@@ -19,39 +20,67 @@ from rlhf_jax.models.roles import Role
 
 RULES = (
     ("batch", ("data", "fsdp")),
+    ("rows", ("data", "fsdp")),  # of a batch, in what linear maps read and write; see decoding()
+    ("lookup", "data"),  # of a batch, while token ids become rows of a table that fsdp splits
+    ("draws", ("data", "fsdp", "tensor")),  # rows of logits: each device draws for its own
     ("embed", "fsdp"),  # of weights
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
     ("width", None),  # of activations
+    ("width_of_weights", None),  # when they are used: gathered, layer by layer
     ("tokens", None),
     ("head_size", None),
     ("layers", None),
     ("rank", None),
+    # Of adapters, whose other side has no width that fsdp could split; gathered when they are used.
+    ("mlp_of_adapter", ("tensor", "fsdp")),
+    ("head_size_of_adapter", "fsdp"),
     ("norm", None),
 )
+
+MAY_BE_WHOLE = ("kv_heads", "mlp_of_adapter", "head_size_of_adapter")  # along axes that do not divide them
+
+# While few rows at a time are decoded, weights stay where they are and the few activations travel instead: the
+# weight-stationary layout in two dimensions of Pope et al. 2022, arXiv:2211.05102. Attention stays split by rows.
+DECODING = {"rows": "data", "width": "fsdp", "width_of_weights": "fsdp"}
+
+
+@contextlib.contextmanager
+def decoding(config: LlamaConfig, rows: int):
+    """Trace the decoding of one token for each of `rows` inside this: it chooses what travels between devices, per
+    token and layer, by its size. Nothing changes without an active mesh (mesh.activate)."""
+    rules = dict(nn.get_logical_axis_rules())
+    if rules:
+        weights = sum(math.prod(i) * math.prod(o) for i, o in lora.shapes(config).values())
+        activations = sum(math.prod(i) + math.prod(o) for i, o in lora.shapes(config).values())
+        rows_a_device = rows / jax.sharding.get_abstract_mesh().shape.get("data", 1)
+        if rows_a_device * activations < weights:
+            rules |= DECODING
+    with nn.logical_axis_rules(tuple(rules.items())):
+        yield
 
 
 def spec(names, shape, mesh: Mesh, where: str = "") -> PartitionSpec:
     """The partition of an array whose axes have these logical names.
 
     Raises: InputError for a name without a rule, or a size that its mesh axes do not divide. Key/value heads fewer
-      than the tensor axis are replicated instead, as every grouped-query model needs.
+      than the tensor axis are replicated instead, as every grouped-query model needs, and factors of adapters.
     """
     table, parts = dict(RULES), []
     for name, size in zip(names, shape, strict=True):
         if name is not None and name not in table:
             raise InputError(f"{where}: logical axis {name!r} has no rule in RULES.")
-        axes = table.get(name)
-        ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
-        if size % ways:
-            if name != "kv_heads":
+        axes = table.get(name) or ()
+        axes = (axes,) if isinstance(axes, str) else axes
+        while size % (ways := math.prod(mesh.shape[a] for a in axes)):
+            if name not in MAY_BE_WHOLE:
                 raise InputError(
-                    f"{where}: axis {name!r} of size {size} cannot be split {ways} ways over {axes}."
+                    f"{where}: axis {name!r} of size {size} cannot be split {ways} ways over {table[name]}."
                 )
-            axes = None
-        parts.append(axes)
+            axes = axes[:-1]
+        parts.append(axes[0] if len(axes) == 1 else axes or None)
     return PartitionSpec(*parts)
 
 
@@ -91,6 +120,12 @@ def module_shardings(module: nn.Module, mesh: Mesh, num_inputs: int = 2):
     return named(names, shapes, mesh)
 
 
+def adapter_shardings(config: LlamaConfig, settings: lora.LoraConfig, mesh: Mesh) -> lora.Adapter:
+    """NamedShardings of an adapter that is not there yet."""
+    shapes = jax.eval_shape(lambda rng: lora.init(rng, config, settings), jax.random.key(0))
+    return named(lora.logical_axes(shapes), shapes, mesh)
+
+
 def role_shardings(role: Role, config: LlamaConfig, mesh: Mesh) -> Role:
     """NamedShardings of a role: adapters split as the kernels they stand beside."""
     adapter = None if role.adapter is None else named(lora.logical_axes(role.adapter), role.adapter, mesh)
@@ -114,6 +149,21 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, trained, shardi
         transform_non_params=lambda _: replicated(mesh),
         is_leaf=absent,
     )
+
+
+def in_place(update):
+    """update(state, ...) -> (state, metrics), jitted: the state is donated, and the new one lies as the first one did.
+    Left to choose, the partitioner may copy to every device what it finds handy there."""
+    compiled = None
+
+    def call(state, *more):
+        nonlocal compiled
+        if compiled is None:
+            where = jax.tree.map(lambda x: x.sharding, state)
+            compiled = jax.jit(update, donate_argnums=0, out_shardings=(where, None))
+        return compiled(state, *more)
+
+    return call
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -6,14 +6,15 @@ penalty and stopping are those of transformers' beam search. Knows no algorithm.
 import dataclasses
 import functools
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models import lora, placement
 from rlhf_jax.models.llama import Llama, empty_cache
 from rlhf_jax.models.roles import last_state
+from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import filters
 
 
@@ -119,7 +120,10 @@ def beam_search(
 
     def choose(hidden, step, running, complete, open_):
         """Every beam by one token: (running, complete, open_, which beam each running one goes on from [B, N])."""
-        logits = apply(hidden.reshape(B * N, -1), method=Llama.logits).astype(jnp.float32)
+        with sharding.decoding(model.config, B * N):
+            logits = apply(hidden.reshape(B * N, -1), method=Llama.logits).astype(jnp.float32)
+        # All beams of a prompt are ranked on its device.
+        logits = placement.constrain(logits.reshape(B, N, -1), "batch", None, None).reshape(B * N, -1)
         logprobs = jax.nn.log_softmax(logits, axis=-1)
         allowed = filters.within(logprobs, c.vocab_size)
         if c.min_new_tokens:
@@ -133,15 +137,17 @@ def beam_search(
         step, running, complete, open_, parents, cache = carry
         cache = jax.tree.map(lambda x: jax.vmap(_take, (0, None))(x, parents), cache)
         tokens = jax.lax.dynamic_index_in_dim(running.ids, step - 1, 2, keepdims=False)
-        hidden, cache = apply(
-            tokens, prompt_mask, step - 1, prompt_cache, cache, adapters, method=Llama.decode
-        )
+        with sharding.decoding(model.config, B * N):
+            hidden, cache = apply(
+                tokens, prompt_mask, step - 1, prompt_cache, cache, at_hand, method=Llama.decode
+            )
         return step + 1, *choose(hidden, step, running, complete, open_), cache
 
     hidden, prompt_cache = apply(prompt_ids, prompt_mask, adapters, method=Llama.prefill)
     first = jnp.broadcast_to(last_state(hidden, prompt_mask)[:, None], (B, N, hidden.shape[-1]))
-    names = ("layers", "batch", None, "kv_heads", None, None)
-    cache = tuple(nn.with_logical_constraint(x, names) for x in empty_cache(model.config, B, N, R))
+    with sharding.decoding(model.config, B * N):
+        at_hand = None if adapters is None else lora.gathered(adapters)
+    cache = empty_cache(model.config, B, N, R)
     nothing = _Beams(
         ids=jnp.full((B, N, R), c.pad_id, jnp.int32),
         logprobs=jnp.zeros((B, N, R), jnp.float32),

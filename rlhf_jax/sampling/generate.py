@@ -6,14 +6,14 @@ compute them again. Knows no algorithm."""
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import heads
+from rlhf_jax.models import heads, lora, placement
 from rlhf_jax.models.llama import Llama, empty_cache
 from rlhf_jax.models.roles import last_state
+from rlhf_jax.parallel import sharding
 from rlhf_jax.sampling import filters
 from rlhf_jax.types import Completions
 
@@ -75,11 +75,14 @@ def generate(
 
     hidden, prompt_cache = apply(prompt_ids, prompt_mask, adapters, method=Llama.prefill)
     first = jnp.broadcast_to(last_state(hidden, prompt_mask)[:, None], (B, G, hidden.shape[-1]))
-    names = ("layers", "batch", None, "kv_heads", None, None)
-    cache = tuple(nn.with_logical_constraint(x, names) for x in empty_cache(model.config, B, G, R))
+    with sharding.decoding(model.config, B * G):
+        at_hand = None if adapters is None else lora.gathered(adapters)
+    cache = empty_cache(model.config, B, G, R)
 
     def choose(hidden, step, seen):
-        logits = apply(hidden.reshape(B * G, -1), method=Llama.logits).astype(jnp.float32)
+        with sharding.decoding(model.config, B * G):
+            logits = apply(hidden.reshape(B * G, -1), method=Llama.logits).astype(jnp.float32)
+        logits = placement.constrain(logits, "draws", None)
         scaled = allowed = logits / (c.temperature or 1.0)
         if seen is not None:
             allowed = filters.penalise(logits, seen, c.repetition_penalty) / (c.temperature or 1.0)
@@ -116,9 +119,10 @@ def generate(
 
     def advance(carry):
         step, tokens, made, seen, cache = carry
-        hidden, cache = apply(
-            tokens, prompt_mask, step - 1, prompt_cache, cache, adapters, method=Llama.decode
-        )
+        with sharding.decoding(model.config, B * G):
+            hidden, cache = apply(
+                tokens, prompt_mask, step - 1, prompt_cache, cache, at_hand, method=Llama.decode
+            )
         tokens, made, seen = record(made, step, hidden, seen)
         return step + 1, tokens, made, seen, cache
 

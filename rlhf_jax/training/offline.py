@@ -12,6 +12,7 @@ import numpy as np
 from rlhf_jax.data import batching, formats, packing
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.training import constitution
 from rlhf_jax.training import reference as references
 from rlhf_jax.training import state as states
@@ -113,7 +114,7 @@ def fit(
         mix = settings.reference_sync_mix
         follower = references.follower(trained["policy"], frozen["base"], mix)
         update = references.synced(update, settings.reference_sync_steps, mix, run.lora)
-    update = jax.jit(update, donate_argnums=0)
+    update = sharding.in_place(update)
 
     def step(state, position):
         indices = data.indices(position)

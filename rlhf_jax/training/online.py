@@ -52,7 +52,7 @@ def online(run: Run, name: str) -> None:
     if algorithm.optimizer is not None:
         optimizer = algorithm.optimizer(settings, optimizer)
     extras = algorithm.extras and functools.partial(algorithm.extras, settings, network)
-    update = jax.jit(
+    update = sharding.in_place(
         make_update(
             functools.partial(algorithm.objective, settings, network),
             optimizer,
@@ -62,8 +62,7 @@ def online(run: Run, name: str) -> None:
             auxiliary_objective=auxiliary,
             stop_kl=section.stop_approx_kl,
             extras=extras,
-        ),
-        donate_argnums=0,
+        )
     )
     select, memory, markers = selection(run, section, algorithm, settings, lengths)
     first_steps = section.reference_steps if markers else 0

@@ -127,12 +127,14 @@ class Run:
         if role.base is not None:
             return role.base
         with meshes.activate(self.mesh):
-            return jax.jit(lora.merge, static_argnums=2)(self.raw_base, role.adapter, settings)
+            as_loaded = jax.tree.map(lambda x: x.sharding, self.raw_base)
+            merge = jax.jit(lora.merge, static_argnums=2, out_shardings=as_loaded)
+            return merge(self.raw_base, role.adapter, settings)
 
     def load_role(self, name: str):
         """(role on the mesh, LoRA settings, meta)."""
         dtype = jnp.dtype(self.config.model.param_dtype)
-        role, settings, meta = role_files.load_role(self.role_path(name), self.model.config, dtype)
+        role, settings, meta = role_files.load_role(self.role_path(name), self.model.config, dtype, self.mesh)
         return (
             jax.device_put(role, sharding.role_shardings(role, self.model.config, self.mesh)),
             settings,
@@ -163,7 +165,9 @@ class Run:
         if train == "full":
             own = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
             return Role(None, head, own, depth, pooling)
-        return Role(lora.init(rng, config, self.lora), head, None, depth, pooling)
+        split = sharding.adapter_shardings(config, self.lora, self.mesh)
+        adapter = jax.device_put(lora.init(rng, config, self.lora), split)
+        return Role(adapter, head, None, depth, pooling)
 
     def network(self, temperature: float = 1.0) -> Network:
         return Network(self.model, self.config.model.vocab_chunk, temperature or 1.0)

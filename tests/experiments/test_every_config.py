@@ -19,6 +19,7 @@ from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.metrics import read_metrics
 from tests.experiments.small_runs import (
+    Placements,
     Reads,
     assert_same_policy,
     begun,
@@ -46,7 +47,7 @@ def test_config_files_load_at_every_size_and_pass_the_checks():
 def test_every_algorithm_runs_from_its_config(finished, tmp_path, monkeypatch, name):
     """Two steps after the SFT, preferences and reward model of the finished run, then evaluation and report."""
     workdir = begun(finished, tmp_path / name)
-    reads = Reads(monkeypatch)
+    reads, placements = Reads(monkeypatch), Placements(monkeypatch)
     run_small(workdir, f"{name}.steps=2", f"{name}.batch_size=16", config=name)
     rows = [m for m in read_metrics(workdir / "metrics.jsonl") if m["stage"] == name]
     assert [m["step"] for m in rows] == [1, 2] and all(math.isfinite(m["loss"]) for m in rows)
@@ -59,6 +60,9 @@ def test_every_algorithm_runs_from_its_config(finished, tmp_path, monkeypatch, n
     assert (workdir / "report.html").exists() and (workdir / "roles" / name).exists()
     section = cli.load_config(f"configs/{name}.py:tiny", [])[name]
     assert set(reads.unread(section, name)) == set()
+    # Base, roles, reward model, moments, reference, batches. Quark's pool of tokens alone is whole everywhere.
+    whole = {array for array in placements.whole if name != "quark" or array[1][0] != section.pool_size}
+    assert placements.seen > 10 and whole == set()
 
 
 RECIPES = sorted(path.stem for path in pathlib.Path("configs/recipes").glob("[a-z]*.py"))

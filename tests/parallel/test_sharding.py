@@ -183,10 +183,10 @@ def ways(name, sizes):
     if "norm" in name:
         return 1
     factor = re.search(r"\['(\w+)_proj'\]\['([ab])'\]", name)
-    if factor:  # of an adapter: the side of width D lies along fsdp, the other along tensor
+    if factor:  # of an adapter: the side of width D lies along fsdp, the other along both
         projection, side = factor.groups()
         wide = (side == "a") != (projection in ("o", "down"))
-        return fsdp if wide else 1 if kv > 1 and projection in "kv" else tensor
+        return fsdp if wide else fsdp * (1 if kv > 1 and projection in "kv" else tensor)
     if "k_proj" in name or "v_proj" in name:
         return fsdp if kv > 1 else fsdp * tensor
     return fsdp * tensor
@@ -269,10 +269,11 @@ def test_names_without_a_rule_and_sizes_that_do_not_divide(tiny_llama, monkeypat
         sharding.spec(("embed", "mlp"), (8, 7), mesh, "w")
     with pytest.raises(InputError, match="a batch of 6 rows cannot be split over 4 devices.*multiple of 4"):
         sharding.put_batch(np.zeros((6, 2)), mesh)
-    monkeypatch.setattr(sharding, "RULES", tuple(rule for rule in sharding.RULES if rule[0] != "mlp"))
+    known = tuple(rule for rule in sharding.RULES if not rule[0].startswith("mlp"))
+    monkeypatch.setattr(sharding, "RULES", known)
     with pytest.raises(InputError, match="down_proj.*kernel.*'mlp' has no rule"):
         sharding.llama_shardings(config, mesh)
-    with pytest.raises(InputError, match="down_proj.*'mlp' has no rule"):
+    with pytest.raises(InputError, match="down_proj.*'mlp_of_adapter' has no rule"):
         sharding.role_shardings(Role(adapter=new_adapter(config)), config, mesh)
 
 

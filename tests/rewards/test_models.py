@@ -12,6 +12,8 @@ from rlhf_jax.data.tokenization import load_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import encoder_heads
 from rlhf_jax.models.llama import Llama
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import specs
 from rlhf_jax.rewards.models import catalogue, comparing, judge
 from rlhf_jax.rewards.models.function import ModelFunction
@@ -92,9 +94,9 @@ def test_a_published_decoder_scores_at_the_end_token(llama, tmp_path):
     _, config, params, tokenizer = llama
     head = jax.random.normal(jax.random.key(3), (config.hidden_size, 2))
     huggingface.save_scorer(str(tmp_path / "rm"), config, params, head, tokenizer.tokenizer)
-    scores = catalogue.decoder(str(tmp_path / "rm"), output=1, batch_size=2).score(
-        PROMPTS[:1], COMPLETIONS[:1]
-    )
+    mesh = meshes.make_mesh(2, 4, 1)
+    model = catalogue.decoder(str(tmp_path / "rm"), output=1, batch_size=2, mesh=mesh)
+    scores = model.score(PROMPTS[:1], COMPLETIONS[:1])
     for text, score in zip(COMPLETIONS[0], scores[0], strict=True):
         ids = jnp.array([tokenizer.encode_prompt(PROMPTS[0]) + tokenizer.encode_completion(text)])
         hidden = Llama(config).apply({"params": params}, ids, jnp.ones_like(ids), method=Llama.hidden)
@@ -176,7 +178,9 @@ def test_steamshp_is_asked_as_its_card_says(tmp_path):
 
 def test_a_judge_weighs_two_labels_in_both_orders(llama):
     _, config, params, tokenizer = llama
-    model = judge.Judge(Llama(config), params, tokenizer, batch_size=4)
+    mesh = meshes.make_mesh(1, 8, 1)
+    placed = jax.device_put(params, sharding.llama_shardings(config, mesh))
+    model = judge.Judge(Llama(config), placed, tokenizer, batch_size=4, mesh=mesh)
     (there,) = model.prefer(["the food"], [" was {cold}"], [" was wonderful"])
     labels = [tokenizer.encode_completion(f" {label}", add_eos=False)[0] for label in "AB"]
 

@@ -15,6 +15,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads, readout, roles
 from rlhf_jax.models.readout import Readout
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.training.algorithms import reward_models
 from rlhf_jax.training.algorithms.gating import gating_objective
 from rlhf_jax.training.algorithms.reward_models import KINDS, RewardModelSettings
@@ -190,8 +192,9 @@ def test_objective_and_its_gradient(i):
 
 
 @pytest.mark.parametrize("i", range(len(VARIANTS)), ids=IDS)
-def test_microbatches_and_padding_change_nothing(i):
-    """Two microbatches, two more columns of pads, another text where nothing counts: the same step, never NaN."""
+def test_microbatches_padding_and_a_mesh_change_nothing(i):
+    """Two microbatches, two more columns of pads, another text where nothing counts, on eight devices: the same step,
+    never NaN."""
     kind, changes = VARIANTS[i]
     settings, objective = objective_of(kind, changes)
     trained, frozen = made_roles(kind)
@@ -204,7 +207,14 @@ def test_microbatches_and_padding_change_nothing(i):
         other.targets[-1] = np.nan if kind in ("regression", "multi_objective") else 1.0
     state = TrainState(trained, optax.sgd(1.0).init(trained), jnp.int32(0), jax.random.key(0), {})
     update = jax.jit(make_update(objective, optax.sgd(1.0), num_microbatches=2))
-    new, again = jax.device_get(update(state, frozen, jax.tree.map(jnp.asarray, other)))
+    mesh = meshes.make_mesh(1, 2, 4)
+    table = sharding.NamedSharding(
+        mesh, sharding.spec(("vocab", "embed"), (made.VOCABULARY, made.WIDTH), mesh)
+    )
+    lie = lambda x: table if x.shape == (made.VOCABULARY, made.WIDTH) else sharding.replicated(mesh)
+    place = lambda tree: jax.device_put(tree, jax.tree.map(lie, tree))
+    with meshes.activate(mesh):
+        new, again = jax.device_get(update(place(state), place(frozen), sharding.put_batch(other, mesh)))
     loss, _, metrics, slope = found_of(i)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(lambda x, before, by: close(x, before - by), new.trained, jax.device_get(trained), slope)

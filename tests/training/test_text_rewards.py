@@ -17,6 +17,8 @@ from rlhf_jax.data import batching
 from rlhf_jax.data.formats import Labelled, Pair, Rated
 from rlhf_jax.models import encoder_heads
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import mesh as meshes
+from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards.models import catalogue
 from rlhf_jax.rewards.models.pairs_of_texts import SequenceTokenizer
 from rlhf_jax.rewards.models.steamshp import wording
@@ -24,7 +26,7 @@ from rlhf_jax.training.algorithms.reward_models import KINDS, RewardModelSetting
 from rlhf_jax.training.algorithms.reward_records import Known, Scale
 from rlhf_jax.training.algorithms.text_rewards import TEXT_KINDS, letters
 from rlhf_jax.training.offline import beside
-from rlhf_jax.training.text_reward_stage import completions_of, encoded
+from rlhf_jax.training.text_reward_stage import Backbone, completions_of, encoded
 
 CORPUS = ["the food was wonderful and quick", "POST RESPONSE A B Which response is better?"] * 2
 PAIRS = [
@@ -47,7 +49,7 @@ IDS = [f"{kind}-{changes.get('objective', 'pairwise')}" for kind, changes, _ in 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     where = tmp_path_factory.mktemp("models")
-    made = lambda kind: tiny_encoder.make(str(where / kind), CORPUS, kind, vocab_size=320, width=32)
+    made = lambda kind: tiny_encoder.make(str(where / kind), CORPUS, kind, vocab_size=312, width=32)
     return {"deberta": made("deberta"), "t5": made("t5")}
 
 
@@ -95,7 +97,7 @@ def saved(tmp_path, kind, config, role, tokenizer):
     path = str(tmp_path / "reward_model")
     role_files.save_text_role(path, config, role.base, role.head, tokenizer.source, {"kind": kind})
     assert role_files.read_meta(path) == {"kind": kind}
-    return catalogue.MODELS[kind](path, batch_size=2)
+    return catalogue.MODELS[kind](path, batch_size=2, mesh=meshes.make_mesh(2, 2, 2))
 
 
 def log_sigmoid(x):
@@ -132,7 +134,7 @@ def reference(settings, known, records, scores, reward):
 
 @pytest.mark.parametrize(("kind", "changes", "records"), VARIANTS, ids=IDS)
 def test_what_is_trained_is_what_scores(tiny, tmp_path, kind, changes, records):
-    """Three columns and rows more than there need be: at use there are others."""
+    """Three columns and rows more than there need be: at use there are others, and a mesh."""
     settings, config, network, role, tokenizer, known, batch = prepared(tiny, kind, changes, records, more=3)
     reward = saved(tmp_path, kind, config, role, tokenizer)
     asked = [record.prompt for record in records], [completions_of(record) for record in records]
@@ -160,12 +162,17 @@ def test_what_is_trained_is_what_scores(tiny, tmp_path, kind, changes, records):
 
 @pytest.mark.parametrize(("kind", "changes", "records"), [VARIANTS[i] for i in (0, 3, 4)], ids=TEXT_KINDS)
 def test_gradient_is_that_of_the_loss_and_padding_cannot_matter(tiny, kind, changes, records):
-    """Of the output map against differences, and of all with columns and rows of padding."""
-    settings, _, network, role, _, _, batch = prepared(tiny, kind, changes, records)
+    """Of the output map against differences, and of all with columns and rows of padding, on a mesh."""
+    settings, config, network, role, tokenizer, _, batch = prepared(tiny, kind, changes, records)
     padded = prepared(tiny, kind, changes, records, more=3)[-1]
     objective = functools.partial(TEXT_KINDS[kind].objective, settings, network)
     run = jax.jit(jax.value_and_grad(lambda role, batch: objective({"reward": role}, {}, {}, batch, None)[0]))
-    (loss, gradient), (loss_padded, gradient_padded) = run(role, batch), run(role, padded)
+    loss, gradient = run(role, batch)
+    mesh = meshes.make_mesh(1, 2, 4)
+    with meshes.activate(mesh):
+        shardings = Backbone(config, role, tokenizer).shardings(mesh)
+        placed = jax.device_put(role, shardings), sharding.put_batch(padded, mesh)
+        loss_padded, gradient_padded = run(*placed)
     assert float(loss) == pytest.approx(float(loss_padded), abs=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient, gradient_padded)
     largest = [float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient.base)]

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from rlhf_jax.data import batching
+from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 
 SMALLEST = 16  # tokens
@@ -69,8 +70,12 @@ def _batches(forward, asked, size_of, batch_of, batch_size, mesh):
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         batch = batch_of([asked[i] for i in indices], batch_size)
-        batch = batch if mesh is None else sharding.put_batch(batch, mesh)
-        for i, row in zip(indices, np.asarray(jax.device_get(forward(batch)), np.float32), strict=False):
+        if mesh is None:
+            scores = forward(batch)
+        else:
+            with meshes.activate(mesh):
+                scores = forward(sharding.put_batch(batch, mesh))
+        for i, row in zip(indices, np.asarray(jax.device_get(scores), np.float32), strict=False):
             found[i] = row
     return found
 

@@ -75,9 +75,9 @@ def extras(settings, network, trained, frozen, batch):
     With one microbatch the decoder is linearised once, and what it keeps for that serves every Fisher product; with
     more, each product computes it again."""
     base, old = frozen["base"], trained["policy"]
-    options = dict(chunk_size=network.vocab_chunk, temperature=network.temperature)
     tokens = jnp.maximum(token_mask(batch).sum(), 1.0)
     head = network.unembedding(base, old)
+    options = network.reading(head)
     head_is_trained = old.base is not None  # an adapter leaves it as it is
 
     def outputs(part, policy):

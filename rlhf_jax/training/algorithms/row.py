@@ -9,7 +9,7 @@ from rlhf_jax.losses.collision import fused_log_collision
 from rlhf_jax.losses.forward_kl import fused_forward_kl
 from rlhf_jax.losses.full_kl import fused_kl
 from rlhf_jax.losses.logprobs import fused_token_logprobs
-from rlhf_jax.models import roles
+from rlhf_jax.models import placement, roles
 from rlhf_jax.models.llama import Llama, unembedding
 
 
@@ -69,14 +69,8 @@ class Network:
 
     def logprobs(self, base: dict, role: roles.Role, batch):
         """(logprobs, entropy, states) of the completion tokens: [B, G, R] nats, [B, G, R] nats, [B, G, R, D]."""
-        states = self.states(base, role, batch)
-        logprobs, entropy = fused_token_logprobs(
-            states,
-            self.unembedding(base, role),
-            batch.completion_ids,
-            chunk_size=self.vocab_chunk,
-            temperature=self.temperature,
-        )
+        states, head = self.states(base, role, batch), self.unembedding(base, role)
+        logprobs, entropy = fused_token_logprobs(states, head, batch.completion_ids, **self.reading(head))
         return logprobs, entropy, states
 
     def states(self, base: dict, role: roles.Role, batch):
@@ -87,29 +81,28 @@ class Network:
         """[D, V]: what turns states into logits."""
         return unembedding(role.params(base))
 
+    def reading(self, head) -> dict:
+        """How the fused losses read the vocabulary of a head [D, V]."""
+        chunk_size = placement.columns_at_a_time(head.shape[-1], self.vocab_chunk)
+        return {"chunk_size": chunk_size, "temperature": self.temperature}
+
     def log_collision(self, base: dict, role: roles.Role, states):
         """log sum_v p(v)^2 of the distributions that `states` [B, G, R, D] predict: [B, G, R] nats, no gradient."""
         head = self.unembedding(base, role)
-        return fused_log_collision(states, head, chunk_size=self.vocab_chunk, temperature=self.temperature)
+        return fused_log_collision(states, head, **self.reading(head))
 
     def full_kl(self, base: dict, role: roles.Role, states, reference_states):
         """[B, G, R] nats: exact KL(role || reference) at each state [B, G, R, D]; gradient to the role alone."""
-        return fused_kl(
-            states,
-            self.unembedding(base, role),
-            reference_states,
-            self.unembedding(base, roles.Role()),
-            chunk_size=self.vocab_chunk,
-            temperature=self.temperature,
-        )
+        head, reference_head = self.unembedding(base, role), self.unembedding(base, roles.Role())
+        return fused_kl(states, head, reference_states, reference_head, **self.reading(head))
 
     def forward_kl(self, base: dict, reference: roles.Role, batch, policy: roles.Role, states):
         """[B, G, R] nats, KL(reference || policy) over the vocabulary. states: the policy's, of `logprobs`."""
+        head = self.unembedding(base, policy)
         return fused_forward_kl(
             jax.lax.stop_gradient(self.states(base, reference, batch)),
             self.unembedding(base, reference),
             states,
-            self.unembedding(base, policy),
-            chunk_size=self.vocab_chunk,
-            temperature=self.temperature,
+            head,
+            **self.reading(head),
         )
