@@ -181,6 +181,8 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         num_samples=4,
         keep_latest=2,
         keep_best=1,
+        # Of several processes: one that does not move for 10 times its longest step, at least so long, ends the run.
+        watchdog_seconds=300.0,
         wandb_project="",  # of Weights & Biases; empty: metrics.jsonl and TensorBoard only
         tags=dict(
             sft={}, reward_model={}, ppo={}

@@ -27,6 +27,31 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def add_processes(made: argparse.ArgumentParser) -> None:
+    """Flags of the commands that may run as several processes."""
+    group = made.add_argument_group(
+        "several processes",
+        "the same command on each; SLURM and Open MPI need no flag, a TPU VM --distributed",
+    )
+    group.add_argument("--distributed", action="store_true", help="find the others by what started them")
+    group.add_argument(
+        "--coordinator_address", metavar="HOST:PORT", help="of process 0, where that is not known"
+    )
+    group.add_argument("--num_processes", type=int, help="of all; with --coordinator_address")
+    group.add_argument("--process_id", type=int, help="of this one, from 0; with --coordinator_address")
+
+
+def join_processes(flags: argparse.Namespace) -> None:
+    """Before anything else uses a device, and before errors: one told to all ends all."""
+    signs = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS",
+             "OMPI_COMM_WORLD_SIZE", "TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")  # fmt: skip
+    asked = (flags.coordinator_address, flags.num_processes, flags.process_id)
+    if flags.distributed or asked != (None, None, None) or any(name in os.environ for name in signs):
+        from rlhf_jax.parallel import hosts  # imports jax, which a wrong flag need not wait for
+
+        hosts.start(*asked, detect=flags.distributed)
+
+
 def parse(made: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(flags, overrides as KEY=VALUE). Anything else is an error, never ignored."""
     flags, rest = made.parse_known_args(argv)
@@ -146,30 +171,41 @@ def main(command, argv=None) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         command(argv)
+        if _hosts() is not None:
+            _hosts().finish()
     except RunError as error:
         _say(error, argv)
-        _exit(error.status)
+        _exit(error.status, error)
     except OSError as error:
-        _say(
-            StorageError(
-                f"{error}. What was saved before is kept; run the same command again once it is mended."
-            ),
-            argv,
-        )
-        _exit(StorageError.status)
+        told = f"{error}. What was saved before is kept; run the same command again once it is mended."
+        _say(told, argv)
+        _exit(StorageError.status, told)
     except KeyboardInterrupt:
         _say("interrupted before anything was started", argv)
-        _exit(Interrupted.status)
+        _exit(Interrupted.status, "interrupted")
+    except Exception as error:  # a bug; of one process alone the interpreter tells it
+        if _hosts() is None or not _hosts().several():
+            raise
+        traceback.print_exc()
+        _exit(1, f"{type(error).__name__}: {error}")
     sys.stdout.flush()
+
+
+def _hosts():
+    """parallel.hosts, if this command has had to do with it."""
+    return sys.modules.get("rlhf_jax.parallel.hosts")
 
 
 def _say(error, argv):
     if "--debug" in argv:
         traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    who = _hosts().name() if _hosts() is not None else ""
+    print(f"error: {who + ': ' if who else ''}{error}", file=sys.stderr, flush=True)
 
 
-def _exit(status):
+def _exit(status, why):
     sys.stdout.flush()
+    if _hosts() is not None:
+        _hosts().leave(status, str(why))
     # A failed asynchronous save would hold the interpreter for minutes at exit.
     os._exit(status) if status in (74, 76) else sys.exit(status)

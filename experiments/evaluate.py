@@ -27,7 +27,7 @@ def tell(run) -> None:
     from rlhf_jax.training.workdir import read_json
 
     path = run.path("evaluation.json")
-    if not os.path.exists(path):
+    if run.console.quiet or not os.path.exists(path):
         return
     evaluation = read_json(path)
     summary, best_of, rows = evaluation["summary"], evaluation.get("best_of"), []
@@ -51,7 +51,9 @@ def command(argv):
     which.add_argument("--reward_model", metavar="WORKDIR", help="of a run that has trained a reward model")
     parser.add_argument("--data", help="pairs to judge a reward model on: a file, a glob, or a hub id")
     parser.add_argument("--output", help="where gate.json and gate.html go; WORKDIR/gate if not given")
+    cli.add_processes(parser)
     flags, overrides = cli.parse(parser, argv)
+    cli.join_processes(flags)
     (judge if flags.reward_model else again)(flags, overrides)
 
 
@@ -63,16 +65,18 @@ def again(flags, overrides) -> None:
 
     from experiments import judging, pipeline
     from rlhf_jax.checkpoints.lock import WorkdirLock
+    from rlhf_jax.parallel import hosts
     from rlhf_jax.training.checks import check_config
     from rlhf_jax.training.console import Console
     from rlhf_jax.training.loop import StopRequest
     from rlhf_jax.training.run import Run
-    from rlhf_jax.training.workdir import phase, settle_config
+    from rlhf_jax.training.workdir import agree_on_run, phase, settle_config
 
     check_config(config, tuple(pipeline.STAGES))
     with WorkdirLock(flags.workdir), StopRequest() as stop:
-        settle_config(config.to_dict(), flags.workdir)
-        run = Run(config, flags.workdir, Console(), stop)
+        agree_on_run(config.to_dict(), flags.workdir)
+        hosts.once(lambda: settle_config(config.to_dict(), flags.workdir))
+        run = Run(config, flags.workdir, Console(quiet=not hosts.is_first()), stop)
         with phase(flags.workdir, "evaluation"):
             judging.side_by_side_and_report(run)
         tell(run)
@@ -94,19 +98,23 @@ def judge(flags, overrides) -> None:
     config = cli.override(config, overrides)
 
     from experiments import gate, pipeline
-    from rlhf_jax.data import formats
+    from rlhf_jax.data import batching, formats
+    from rlhf_jax.parallel import hosts
     from rlhf_jax.training.checks import check_config
     from rlhf_jax.training.console import Console
     from rlhf_jax.training.loop import StopRequest
     from rlhf_jax.training.run import Run
+    from rlhf_jax.training.workdir import agree_on_run
 
     check_config(config, tuple(pipeline.STAGES))
+    agree_on_run(config.to_dict(), flags.reward_model)
     output = flags.output or os.path.join(flags.reward_model, "gate")
     with StopRequest() as stop:
-        run = Run(config, flags.reward_model, Console(), stop)
+        run = Run(config, flags.reward_model, Console(quiet=not hosts.is_first()), stop)
         if not run.has_role("reward_model"):
             raise InputError(f"--reward_model: {flags.reward_model} holds no finished reward model.")
         pairs = run.records(flags.data, formats.pairs)
+        hosts.agree_on({"--data": batching.record_hashes(pairs)})
         found = gate.judge_on(run, pairs, output, {"reward_model": flags.reward_model, "data": flags.data})
     if found["verdict"] == "refuse":
         raise Refused(f"the gate refuses this reward model. {found['reason']}")

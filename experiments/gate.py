@@ -17,8 +17,8 @@ from rlhf_jax.data.formats import readable
 from rlhf_jax.errors import InputError, NumericsError, Refused
 from rlhf_jax.evaluation import gate, gate_measures, gate_page
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards import learned, rules
 from rlhf_jax.training import reward_stage, rollout, stages
 from rlhf_jax.training.algorithms import ALGORITHMS
@@ -65,7 +65,7 @@ def judge_before_rl(run) -> None:
     write_json(path, found)
     tell(run.console, found)
     if stops and found["verdict"] == "refuse":
-        page = gate_page.write(run.path("gate.html"), found, os.path.basename(run.workdir))
+        page = _page(run, run.path("gate.html"), found)
         raise Refused(
             f"the gate refuses this reward model. {found['reason']}\nNothing is lost: {page} shows why. Train another "
             "one in another --workdir, or go on with this one: the same command with --config.gate.on_refusal=warn."
@@ -103,10 +103,15 @@ def judge_on(run, pairs, output: str, about: dict) -> dict:
     found = _judged(run, measures) | {"about": about}
     os.makedirs(output, exist_ok=True)
     write_json(os.path.join(output, FILE), found)
-    page = gate_page.write(os.path.join(output, "gate.html"), found, os.path.basename(run.workdir))
+    page = _page(run, os.path.join(output, "gate.html"), found)
     tell(run.console, found)
     run.console.note(f"page: {page}")
     return found
+
+
+def _page(run, path: str, found: dict) -> str:
+    hosts.once(lambda: gate_page.write(path, found, os.path.basename(run.workdir)))
+    return path
 
 
 def pairs_of(run) -> tuple[list[Judged], list[Judged]]:
@@ -213,7 +218,9 @@ def scorer(run, reward):
     if not isinstance(reward, Role):
         return lambda batch, prompts, texts: np.float64(reward.score(prompts, texts()))
     forward = jax.jit(lambda base, role, batch: learned.score(run.model, base, role, batch, run.eos_ids))
-    return lambda batch, prompts, texts: np.asarray(forward(run.base, reward, run.put(batch)), np.float64)
+    return lambda batch, prompts, texts: np.asarray(
+        hosts.gather(forward(run.base, reward, run.put(batch))), np.float64
+    )
 
 
 def _some(records: list, count: int) -> list:
@@ -301,7 +308,7 @@ def preview(run, score, prompts) -> gate_measures.Samples:
         texts = lambda batch=batch, part=part: rollout.texts(run.tokenizer, batch)[: len(part)]
         prompt = [getattr(record, "text", None) or record.prompt for record, _ in part]
         scores.append(score(batch, prompt, texts)[: len(part)])
-        tokens.append(np.asarray(batch.completion_mask.sum(-1))[: len(part)])
+        tokens.append(hosts.gather(batch.completion_mask.sum(-1))[: len(part)])
         if rule is not None:
             for asked_of, completions in zip(prompt, texts(), strict=True):
                 gold.append(rule([readable(asked_of)] * len(completions), completions))

@@ -6,6 +6,7 @@ from rlhf_jax.data.formats import readable
 from rlhf_jax.errors import InputError, NumericsError
 from rlhf_jax.evaluation import best_of_n, curves, report, reward_quality, side_by_side
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import rules
 from rlhf_jax.training import feedback
@@ -85,6 +86,8 @@ def side_by_side_and_report(run) -> None:
             if n > 1:
                 best_of = {"n": n, "curve": best_of_n.means_by_n(found[side], n)}
                 found[side] = best_of_n.choose(found[side], n)
+    if not hosts.is_first():
+        return
     side_by_side.write(
         run.workdir,
         texts,

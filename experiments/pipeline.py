@@ -4,7 +4,9 @@ import os
 
 from experiments import evaluate, gate, judging
 from rlhf_jax.checkpoints.lock import WorkdirLock
+from rlhf_jax.data import batching
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel import hosts
 from rlhf_jax.training import constitution, scoring, stages
 from rlhf_jax.training.algorithms import ALGORITHMS, preference
 from rlhf_jax.training.checks import check_config
@@ -12,7 +14,7 @@ from rlhf_jax.training.console import Console
 from rlhf_jax.training.loop import StopRequest
 from rlhf_jax.training.offline import examples
 from rlhf_jax.training.run import Run, tell_cut
-from rlhf_jax.training.workdir import phase, settle_config, write_environment
+from rlhf_jax.training.workdir import agree_on_run, phase, settle_config, write_environment
 
 STAGES = stages.STAGES | {
     "reward_model": lambda run: stages.reward_model(run, evaluator=judging.judge_reward_model),
@@ -24,22 +26,17 @@ STAGES = stages.STAGES | {
 def run(config, workdir: str, command: str) -> None:
     """All stages of the config that are not done yet. command: what was typed, for environment.json."""
     check_config(config, tuple(STAGES))
-    console = Console(log_every_steps=config.logging.log_every_steps)
+    console = Console(log_every_steps=config.logging.log_every_steps, quiet=not hosts.is_first())
     try:
         os.makedirs(workdir, exist_ok=True)
     except OSError as error:
         raise InputError(f"--workdir: {workdir} cannot be made a directory ({error.strerror}).") from None
     with WorkdirLock(workdir), StopRequest() as stop:
         made = Run(config, workdir, console, stop)
-        kept = settle_config(
-            config.to_dict(), workdir, keep=("evaluation",) if is_done(made, "evaluation") else ()
-        )
-        if kept:
-            console.note(
-                "the evaluation is done, with other settings:\n" + "\n".join(kept) + "\n"
-                f"python -m experiments.evaluate --workdir={workdir} makes it again, with overrides if you give any"
-            )
-        todo = [stage for stage in config.stages if not is_done(made, stage)]
+        agree_on_run(config.to_dict(), workdir)
+        hosts.once(lambda: settle(made))
+        # What is done the first process says: another may see its files a moment later.
+        todo = hosts.from_first([stage for stage in config.stages if not is_done(made, stage)])
         check_stages(made, todo)
         if todo:
             keep_compiled_programs()
@@ -51,7 +48,19 @@ def run(config, workdir: str, command: str) -> None:
                 if stage == todo[0]:
                     read_data(made, todo)
                 STAGES[stage](made)
+                hosts.sync(stage)  # its files are there
         evaluate.tell(made)
+
+
+def settle(run: Run) -> None:
+    """config.json of the run, or what it may not differ in from the one that is there."""
+    keep = ("evaluation",) if is_done(run, "evaluation") else ()
+    kept = settle_config(run.config.to_dict(), run.workdir, keep)
+    if kept:
+        run.console.note(
+            "the evaluation is done, with other settings:\n" + "\n".join(kept) + "\n"
+            f"python -m experiments.evaluate --workdir={run.workdir} makes it again, with overrides if you give any"
+        )
 
 
 def online_stages(names) -> list[str]:
@@ -99,6 +108,9 @@ def read_data(run: Run, todo: list[str]) -> None:
     online = online_stages(todo)
     if online or {"preferences", "gate", "evaluation"} & set(todo):
         _ = run.prompt_sets, run.encoded_prompts  # kept by the run; files first, then the tokenizer
+        if hosts.several():
+            sets = run.prompt_sets.items()
+            hosts.agree_on({f"{name} prompts": batching.record_hashes(prompts) for name, prompts in sets})
         tell_cut(run, "prompts")
     if "evaluation" in todo and not run.prompt_sets["held_out"]:
         raise InputError(

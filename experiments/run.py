@@ -13,7 +13,9 @@ def command(argv):
         "--config", required=True, metavar="FILE.py[:SIZE]", help="e.g. configs/ppo.py:smollm2"
     )
     parser.add_argument("--workdir", required=True, help="where everything of this run is kept")
+    cli.add_processes(parser)
     flags, overrides = cli.parse(parser, argv)
+    cli.join_processes(flags)
     config = cli.load_config(flags.config, overrides)
 
     from experiments import pipeline  # imports jax

@@ -83,15 +83,18 @@ def command(argv):
     parser = cli.parser(__doc__)
     parser.add_argument("--parameter_values", required=True, metavar="FILE.json")
     parser.add_argument("--workdir", required=True)
+    cli.add_processes(parser)
     flags, overrides = cli.parse(parser, argv)
+    cli.join_processes(flags)
     parameters = read_parameters(flags.parameter_values)
 
     from configs import vertex
     from experiments import pipeline
+    from rlhf_jax.parallel import hosts
 
     config = cli.override(vertex.get_config(parameters), overrides)
     ignored = [name for name in vertex.CLOUD_ONLY if name in parameters]
-    if ignored:
+    if ignored and hosts.is_first():
         print(f"note: {', '.join(ignored)} belong to the cloud service and have no effect here", flush=True)
     pipeline.run(config, flags.workdir, f"python -m experiments.vertex {' '.join(argv)}")
 

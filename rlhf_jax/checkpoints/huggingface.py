@@ -15,6 +15,7 @@ from rlhf_jax.checkpoints.tensors import Leaf
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.lora import ATTENTION, MLP, shapes
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.sharding import llama_shardings, replicated
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -138,7 +139,7 @@ def install_model(
             tensors.write_json(directory, INDEX, index)
         raw = config | {"torch_dtype": items[0][2].name}  # of the backbone, which comes first
         tensors.write_json(directory, "config.json", raw)
-        if tokenizer is not None:
+        if tokenizer is not None and hosts.is_first():
             tokenizer.save_pretrained(directory)
         if generation is not None:
             present = {key: value for key, value in generation.items() if value is not None}

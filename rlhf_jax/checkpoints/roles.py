@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,6 +21,7 @@ from rlhf_jax.models.encoder_config import BertConfig, DebertaConfig, T5Config
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.readout import Readout
 from rlhf_jax.models.roles import Role, shallower
+from rlhf_jax.parallel import hosts
 
 META, HEAD, GATE = "role.json", "head.safetensors", "gate.safetensors"
 MEMBER = "member_{}"
@@ -44,8 +44,9 @@ def save_role(
             huggingface.save_llama(fresh, config, role.base, tokenizer)
         for part, file in ((role.head, HEAD), (role.gate, GATE)):
             if part is not None:
-                arrays = {name: np.asarray(jax.device_get(x)) for name, x in part.items()}
-                save_file(arrays, os.path.join(fresh, file))
+                arrays = {name: np.asarray(x) for name, x in hosts.gather(part).items()}
+                if hosts.is_first():
+                    save_file(arrays, os.path.join(fresh, file))
         for number, member in enumerate(role.members):
             save_role(os.path.join(fresh, MEMBER.format(number)), member, config, lora, tokenizer, {})
         own = {"depth": role.depth, "pooling": role.pooling, "parts": parts_of(role)}
@@ -70,16 +71,25 @@ def save_text_role(
 
 @contextlib.contextmanager
 def _whole(path: str):
-    """A directory that takes the place of `path` once it is filled."""
+    """A directory that takes the place of `path` once it is filled: by the first process, with what all of them have."""
     fresh = path + ".new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    os.makedirs(fresh)
+
+    def begin():
+        shutil.rmtree(fresh, ignore_errors=True)
+        os.makedirs(fresh)
+
+    def end():
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(fresh, path)
+
+    hosts.once(begin)
     yield fresh
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(fresh, path)
+    hosts.once(end)
 
 
 def _write_meta(path: str, meta: dict) -> None:
+    if not hosts.is_first():
+        return
     with open(os.path.join(path, META), "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
 

@@ -282,7 +282,7 @@ class CheckpointStore:
     def _list(self) -> None:
         """Orbax counts every directory with a number for a name; we count those whose meta item is whole."""
         moved = []
-        if jax.process_index() == 0:
+        if hosts.is_first():
             for name in sorted(filter(str.isdigit, os.listdir(self.directory))):
                 _, reason = record.read(self._path(name))
                 if reason:
@@ -300,7 +300,7 @@ class CheckpointStore:
         with contextlib.suppress(Exception):
             self._manager.close()
         del self._contents[step]
-        place = self._move_aside(str(step)) if jax.process_index() == 0 else CORRUPT
+        place = self._move_aside(str(step)) if hosts.is_first() else CORRUPT
         hosts.sync()
         self._open()
         return f"checkpoint step {step} is damaged ({reason}; kept in {place})"
@@ -316,7 +316,7 @@ class CheckpointStore:
 
     def _empty_trash(self) -> None:
         """Orbax renames an old step to trash/ first, so that a kill cannot leave half a step; the rest is here."""
-        if jax.process_index() == 0:
+        if hosts.is_first():
             shutil.rmtree(os.path.join(self.directory, TRASH), ignore_errors=True)
 
     def _check_room(self, step: int, leaves: dict) -> None:
@@ -332,13 +332,17 @@ class CheckpointStore:
                 os.rmdir(probe)
             os.mkdir(probe)
             os.rmdir(probe)
-            free = shutil.disk_usage(self.directory).free
+            free, reason = shutil.disk_usage(self.directory).free, None
         except OSError as error:
-            raise self._failed(f"step {step} cannot be saved: {error}") from error
+            free, reason = needed, f"step {step} cannot be saved: {error}"
         if free < needed:
-            raise self._failed(
+            reason = (
                 f"no room for step {step}: it needs {needed} bytes, {free} are free. Delete something else on this "
                 f"disk, or {os.path.join(self.directory, CORRUPT)} if it is there; keep the last good step"
+            )
+        if hosts.agree(reason is not None):
+            raise self._failed(
+                reason or f"step {step} cannot be saved: another process cannot write there, or has no room"
             )
 
     def _failed(self, what: str) -> StorageError:

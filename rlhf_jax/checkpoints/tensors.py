@@ -4,6 +4,7 @@ A Leaf says which stored tensors make one of our arrays and how their axes map. 
 and one tensor at a time. Knows no model and no config: huggingface.py, peft.py and gguf.py make the leaves."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel import hosts
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -231,14 +233,23 @@ def stored_arrays(leaves: list[Leaf], tree: dict) -> list[tuple[str, tuple, np.d
             )
         for number, name in enumerate(leaf.names):
             # One layer at a time: a host copy of a whole stacked array would stay with it.
-            part = (lambda a, i: lambda: np.asarray(a[i]))(array, number) if leaf.stacked else array.__array__
+            part = functools.partial(_part, array, number if leaf.stacked else None)
             make = (lambda own, p: lambda: own.to_stored(p()))(leaf, part)
             items.append((name, leaf.stored_shape, np.dtype(array.dtype), make))
     return sorted(items, key=lambda item: _natural(item[0]))
 
 
+def _part(array, number):
+    return np.asarray(hosts.gather(array if number is None else array[number]))
+
+
 def write(file: str, items) -> None:
-    """A safetensors file, one tensor in memory at a time. items: as `stored_arrays` returns them."""
+    """A safetensors file, one tensor in memory at a time. items: as `stored_arrays` returns them; of several processes
+    each hands over its parts, and the first one writes."""
+    if not hosts.is_first():
+        for *_, make in items:
+            make()
+        return
     codes = {name: code for code, name in DTYPES.items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0  # transformers refuses a file that does not say so
     for name, shape, dtype, _ in items:
@@ -264,6 +275,10 @@ def install(path: str, make: Callable[[str], None], stale: str, last: str) -> No
       last: the file that is moved last, because its presence says that all are there.
     """
     path = os.path.abspath(path)
+    if not hosts.is_first():  # it hands over its parts
+        make("")
+        hosts.sync(last)
+        return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     fresh = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.new")
     os.mkdir(fresh)
@@ -271,18 +286,21 @@ def install(path: str, make: Callable[[str], None], stale: str, last: str) -> No
         make(fresh)
         if not os.path.exists(path):
             os.rename(fresh, path)
-            return
-        names = sorted(os.listdir(fresh), key=lambda name: (name == last, name))
-        for name in os.listdir(path):
-            if re.fullmatch(stale, name) and name not in names:
-                os.remove(os.path.join(path, name))
-        for name in names:
-            os.replace(os.path.join(fresh, name), os.path.join(path, name))
+        else:
+            names = sorted(os.listdir(fresh), key=lambda name: (name == last, name))
+            for name in os.listdir(path):
+                if re.fullmatch(stale, name) and name not in names:
+                    os.remove(os.path.join(path, name))
+            for name in names:
+                os.replace(os.path.join(fresh, name), os.path.join(path, name))
+        hosts.sync(last)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
 def write_json(directory: str, name: str, value: dict) -> None:
+    if not hosts.is_first():
+        return
     with open(os.path.join(directory, name), "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")

@@ -16,6 +16,7 @@ from rlhf_jax.losses.logprobs import fused_token_logprobs
 from rlhf_jax.models import placement, roles
 from rlhf_jax.models.llama import unembedding
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import hosts
 from rlhf_jax.rewards import learned
 from rlhf_jax.sampling.beam import BeamConfig, beam_search
 from rlhf_jax.sampling.generate import generate
@@ -92,12 +93,16 @@ def completions_of(
                 made = generate(model, params, *asked, own, sampling, role.adapter)
             batch = GroupedBatch(ids, mask, made.ids, made.mask, old_logprobs=made.logprobs)
             found = measure(base, batch) | {"completion_length": made.mask.sum(-1), "finished": made.finished}
-            drawn.append(jax.device_get((made.ids, made.mask, found)))
+            drawn.append(hosts.gather((made.ids, made.mask, found)))
         made_ids, made_mask, found = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *drawn)
-        texts = [
-            [tokenizer.decode_completion(row[kept > 0].tolist()) for row, kept in zip(*group, strict=True)]
-            for group in zip(made_ids, made_mask, strict=True)
-        ]
+        decode = lambda row, kept: tokenizer.decode_completion(row[kept > 0].tolist())
+        texts = hosts.spread(
+            len(made_ids),
+            lambda rows, both=(made_ids, made_mask): [
+                [decode(*one) for one in zip(*group, strict=True)]
+                for group in zip(*(x[rows] for x in both), strict=True)
+            ],
+        )
         rows.append((texts[: len(chosen)], {name: x[: len(chosen)] for name, x in found.items()}))
     arrays = {name: np.concatenate([found[name] for _, found in rows]) for name in rows[0][1]}
     texts = [group for texts, _ in rows for group in texts]

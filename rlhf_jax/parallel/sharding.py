@@ -17,6 +17,7 @@ from rlhf_jax.models import heads, lora
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import hosts
 
 RULES = (
     ("batch", ("data", "fsdp")),
@@ -181,7 +182,8 @@ def batch_ways(mesh: Mesh) -> int:
 
 
 def put_batch(batch, mesh: Mesh, axis: int = 0):
-    """Host arrays [B, ...] of a batch onto the mesh, split over B; axis: where B stands."""
+    """Host arrays [B, ...] of a batch onto the mesh, split over B; axis: where B stands. Each process sends the rows of
+    its own devices."""
     axes, ways = dict(RULES)["batch"], batch_ways(mesh)
 
     def put(x):
@@ -190,9 +192,29 @@ def put_batch(batch, mesh: Mesh, axis: int = 0):
                 f"a batch of {x.shape[axis]} rows cannot be split over {ways} devices (mesh axes {axes}); "
                 f"make the stage's batch_size a multiple of {ways}, or change config.mesh."
             )
-        return jax.device_put(np.asarray(x), batch_sharding(mesh, axis))
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, batch_sharding(mesh, axis))
+        return place(np.asarray(x), batch_sharding(mesh, axis))
 
     return jax.tree.map(put, batch)
+
+
+def place(tree, shardings):
+    """jax.device_put, also where devices are other processes'. What is on the host is the same in all of them, and each
+    puts what its own devices hold. shardings: a tree, or a prefix of it."""
+    if not hosts.several():
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(lambda to, part: jax.tree.map(lambda x: _place(x, to), part), shardings, tree)
+
+
+def _place(x, to: NamedSharding):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, to)
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _place(jax.random.key_data(x), to)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, to, x.__getitem__)
 
 
 def _is_names(x):

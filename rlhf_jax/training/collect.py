@@ -12,6 +12,7 @@ from rlhf_jax.data.batching import pad_prompts
 from rlhf_jax.data.formats import readable
 from rlhf_jax.losses.masking import masked_mean
 from rlhf_jax.models import heads, roles
+from rlhf_jax.parallel import hosts
 from rlhf_jax.rewards import rules
 from rlhf_jax.training import rollout
 from rlhf_jax.training.algorithms import Algorithm, Network
@@ -83,13 +84,13 @@ class Collector:
 
     def refill(self, state, chosen, batch, more):
         """(prompts, batch, metrics) with groups that teach in the place of those that do not, while there are any."""
-        good, refills = np.array(self.teaches(batch)), 0
+        good, refills = np.array(hosts.gather(self.teaches(batch))), 0
         metrics = {"zero_variance_fraction": 1 - good.mean()}
         while not good.all() and refills < self.max_refills:
             others, key = more(refills)
             extra, _ = self.scored(state, others, key)
             source = np.arange(len(good))
-            found = np.flatnonzero(self.teaches(extra))
+            found = np.flatnonzero(hosts.gather(self.teaches(extra)))
             replaced = np.flatnonzero(~good)[: len(found)]
             source[replaced], good[replaced] = len(good) + found[: len(replaced)], True
             batch = _groups(batch, extra, source)
@@ -102,7 +103,7 @@ class Collector:
         filled = [*chosen, *chosen[-1:] * (size - len(chosen))]
         batch = self.sample(state, filled, key, from_reference)
         if len(chosen) < size:
-            real = jnp.arange(size)[:, None] < len(chosen)
+            real = np.arange(size)[:, None] < len(chosen)
             batch = batch.replace(weights=batch.weights * real)
         scores, metrics = self.score(state, filled, batch)
         if self.algorithm.greedy_baseline:

@@ -75,7 +75,7 @@ class Console:
             emoji=False,
             highlight=False,
         )
-        self.live = live and not quiet
+        self.live, self.quiet = live and not quiet, quiet
         self.log_every_steps = log_every_steps
         self.told = set()  # lines of `heard`
 

@@ -15,6 +15,7 @@ from rlhf_jax.data.batching import pad_prompts
 from rlhf_jax.data.formats import readable
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.training import rollout
 from rlhf_jax.training.run import Run
@@ -43,22 +44,28 @@ def make(run: Run) -> None:
     Each row of the first file also has the principle and the criticism of its last round.
     """
     principles = read_principles(run.config.constitution.principles)
-    if all(os.path.exists(run.path(file)) for file in FILES.values()):
+    if hosts.from_first(all(os.path.exists(run.path(file)) for file in FILES.values())):
         return
     section = run.config.constitution
     partial, size = run.path("constitution_partial.jsonl"), section.batch_size
     prompts = run.encoded_prompts["train"]
     count = -(-section.num_prompts // size)
-    for number in range(writing.keep_whole_batches(partial), count):
+    done = hosts.from_first(writing.keep_whole_batches(partial) if hosts.is_first() else None)
+    for number in range(done, count):
         run.stop.check(f"constitution, batch {number} of {count}")
         chosen = [prompts[(number * size + i) % len(prompts)][0] for i in range(size)]
         rows = _batch(run, chosen, principles, number)
-        writing.append_batch(partial, number, rows)
+        if hosts.is_first():
+            writing.append_batch(partial, number, rows)
         if number in (0, count - 1):
             run.console.samples(
                 f"rewritings, batch {number + 1}", _shown(rows), run.config.logging.num_samples
             )
         run.console.note(f"constitution: batch {number + 1} of {count}, {len(rows)} of {size} rewritten")
+    hosts.once(lambda: _finish(run, partial))
+
+
+def _finish(run: Run, partial: str) -> None:
     rows = [row.fields for row in sources.read_rows(partial)]
     _write(
         run.path(FILES["sft"]),

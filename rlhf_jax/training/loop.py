@@ -16,6 +16,7 @@ import jax
 from rlhf_jax.checkpoints.store import CheckpointStore
 from rlhf_jax.data.batching import check_fingerprint
 from rlhf_jax.errors import Interrupted, NumericsError
+from rlhf_jax.parallel import hosts
 from rlhf_jax.training import state as states
 from rlhf_jax.training.metrics import METRICS_FILE, CompletionsLog, MetricsWriter, truncate_after
 from rlhf_jax.training.wandb_writer import WandbWriter
@@ -47,11 +48,14 @@ class StopRequest:
         self.requested = True
 
     def check(self, what: str):
-        """Between pieces of work that are already on disk."""
-        if self.requested:
-            raise Interrupted(
-                f"interrupted during {what}; what is done is saved. Run the same command to go on."
-            )
+        """Between pieces of work that are already on disk; of several processes all are here."""
+        if hosts.agree(self.requested):
+            raise self.interrupted(what)
+
+    def interrupted(self, what: str) -> Interrupted:
+        return Interrupted(
+            f"interrupted during {what}; what is done is saved. Run the same command to go on."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Logging:
     keep_best: int
     tags: dict  # metric name -> another name it is logged under as well
     wandb_project: str = ""  # empty: no Weights & Biases
+    watchdog_seconds: float = 300.0  # that a step may take at the least, of several processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,30 +118,43 @@ def train(
             state = restored.state
             console.note(f"{stage}: resuming from step {restored.step}")
         position = first = int(state.step)
-        truncate_after(os.path.join(workdir, METRICS_FILE), stage, first)
-        truncate_after(os.path.join(workdir, "completions", f"{stage}.jsonl"), stage, first)
+        hosts.agree_on({f"{stage}: step": first} | {f"{stage}: data, {k}": v for k, v in fingerprint.items()})
+        if hosts.is_first():
+            truncate_after(os.path.join(workdir, METRICS_FILE), stage, first)
+            truncate_after(os.path.join(workdir, "completions", f"{stage}.jsonl"), stage, first)
+        vote = hosts.Vote()
+        at = lambda what, kind: hosts.beat(
+            f"{stage}, step {position + 1}, {what}", f"{stage}, {kind}", logging.watchdog_seconds
+        )
         log = _Log(stage, workdir, logging, console, total_steps, first)
         with console.stage(stage, total_steps, first) as progress, log:
             while position < total_steps:
+                at("the update", "step")
                 state, output = step_fn(state, position)
                 log.flush(progress)
                 position += 1
                 log.pending = (position, output)
-                last = position == total_steps
+                last, stopping = position == total_steps, vote(stop.requested)
                 if last or (eval_every_steps and position % eval_every_steps == 0):
+                    at("evaluation", "evaluation")
                     log.evaluation = evaluate(state)
-                due = last or stop.requested or position % logging.save_every_steps == 0
+                due = last or stopping or position % logging.save_every_steps == 0
                 if due:
+                    at("reading its metrics", "step")
                     log.flush(progress)
                 if due or log.problem:
+                    at("the save", "save")
                     meta = {"stage": stage, "position": position, "data": fingerprint}
                     store.save(position, state, meta, log.latest)
-                if log.problem or (stop.requested and not last):
+                if log.problem or (stopping and not last):
+                    at("the save", "save")
                     store.wait()
                     if log.problem:
                         raise NumericsError(f"{stage}, step {position}: {log.problem} The state is saved.")
-                    stop.check(f"{stage}, step {position} of {total_steps}")
+                    raise stop.interrupted(f"{stage}, step {position} of {total_steps}")
+            at("the last save", "save")
             store.wait()
+            hosts.beat()
     return state
 
 
@@ -146,11 +164,14 @@ class _Log:
     def __init__(self, stage, workdir, logging, console, total_steps, first):
         self.stage, self.logging, self.console, self.total_steps = stage, logging, console, total_steps
         self.pending, self.evaluation, self.latest, self.problem = None, {}, None, ""
-        writer = MetricsWriter(workdir, stage, dict(logging.tags), start_step=first, warn=console.warn)
-        self.writers = [writer]
-        if logging.wandb_project:
-            self.writers.append(WandbWriter(logging.wandb_project, workdir, stage, console.warn))
-        self.completions = CompletionsLog(workdir, stage, warn=console.warn)
+        self.writers, self.completions = [], None
+        if hosts.is_first():
+            self.writers.append(
+                MetricsWriter(workdir, stage, dict(logging.tags), start_step=first, warn=console.warn)
+            )
+            if logging.wandb_project:
+                self.writers.append(WandbWriter(logging.wandb_project, workdir, stage, console.warn))
+            self.completions = CompletionsLog(workdir, stage, warn=console.warn)
         self.skips = deque(maxlen=100)
         self.clock = time.monotonic()
 
@@ -160,7 +181,8 @@ class _Log:
     def __exit__(self, *exception):
         for writer in self.writers:
             writer.close()
-        self.completions.close()
+        if self.completions is not None:
+            self.completions.close()
 
     def flush(self, progress):
         if self.pending is None:
@@ -181,8 +203,10 @@ class _Log:
         for writer in self.writers:
             writer.write(step, metrics)
         progress.step(step, {name: metrics[name] for name in SHOWN if name in metrics})
-        if samples and (
-            step == 1 or step % self.logging.samples_every_steps == 0 or step == self.total_steps
+        if (
+            self.completions is not None
+            and samples
+            and (step == 1 or step % self.logging.samples_every_steps == 0 or step == self.total_steps)
         ):
             samples = samples[: self.logging.num_samples]
             self.completions.write(step, samples)

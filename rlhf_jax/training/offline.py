@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf_jax.data import batching, formats, packing
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
 from rlhf_jax.training import constitution
@@ -146,7 +147,7 @@ def fit(
                 found = ref_logprobs["held_out"][i : i + size]
                 missing = ((0, size - len(found)), (0, 0), (0, 0))
                 batch = batch.replace(ref_logprobs=np.pad(found, missing))
-            parts.append(jax.device_get(measure(state.trained, given, run.put(batch))))
+            parts.append(hosts.gather(measure(state.trained, given, run.put(batch))))
         return parts
 
     def readings(parts):
@@ -207,7 +208,7 @@ def read_all(run: Run, records, batch_size: int, read: Callable):
                 pad_id=run.tokenizer.pad_id,
                 candidates=candidates,
             )
-            parts.append(jax.device_get(read(run.put(batch))))
+            parts.append(hosts.gather(read(run.put(batch))))
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(records)], *parts)
 
 

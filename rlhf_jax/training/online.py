@@ -6,13 +6,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlhf_jax.data import batching
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import heads, readout
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.training import state as states
 from rlhf_jax.training.algorithms import ALGORITHMS
 from rlhf_jax.training.collect import Collector
@@ -109,7 +110,7 @@ def online(run: Run, name: str) -> None:
         for first in range(0, len(held_out), section.batch_size):
             chosen = held_out[first : first + section.batch_size]
             _, batch, metrics = collect(state, chosen, jax.random.fold_in(jax.random.fold_in(rng, 4), first))
-            metrics = jax.device_get(metrics) | collect.rows(chosen, batch)[0]
+            metrics = hosts.gather(metrics) | collect.rows(chosen, batch)[0]
             for name, value in metrics.items():
                 total[name] = total.get(name, 0.0) + float(value) * len(chosen) / len(held_out)
         return {name: value for name, value in total.items() if name in EVALUATED}
@@ -124,7 +125,7 @@ def online(run: Run, name: str) -> None:
             f"{name}: raw reward of the reference {found['reward_mean']:.3f} +- {found['reward_std']:.3f}; "
             "rewards below are normalised by these"
         )
-        changed = {k: jax.device_put(jnp.float32(v), state.controllers[k].sharding) for k, v in found.items()}
+        changed = {k: sharding.place(np.float32(v), state.controllers[k].sharding) for k, v in found.items()}
         state = state.replace(controllers=state.controllers | changed)
         if "value" in state.trained and section.value == "reward":
             value = state.trained["value"]

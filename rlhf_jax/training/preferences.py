@@ -13,6 +13,7 @@ from rlhf_jax.data.batching import pad_prompts
 from rlhf_jax.data.formats import readable
 from rlhf_jax.errors import InputError
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.rewards import rules
 from rlhf_jax.training import feedback, rollout
@@ -92,11 +93,11 @@ def said_by(judge, taste: feedback.Taste, run: Run, name: str):
 def _make_file(run: Run, name: str, file: str, count: int, samples: int, rows_of) -> None:
     """count: of prompts, each with `samples` samples. rows_of(asked, number of the batch) -> rows."""
     final = run.path(file)
-    if os.path.exists(final):
+    if hosts.from_first(os.path.exists(final)):
         return
     partial, size = final + ".partial", run.config.preferences.batch_size
     num_batches = -(-count // size)
-    done = writing.keep_whole_batches(partial)
+    done = hosts.from_first(writing.keep_whole_batches(partial) if hosts.is_first() else None)
     network, sampling = run.network(), run.sampling(samples)
     rng = jax.random.fold_in(run.rng("preferences"), list(FILES).index(name))
     prompts = run.encoded_prompts[name]
@@ -110,13 +111,14 @@ def _make_file(run: Run, name: str, file: str, count: int, samples: int, rows_of
         made = zip(chosen, rollout.texts(run.tokenizer, batch), strict=True)
         asked = [(prompt.text, texts) for (prompt, _), texts in made if all(text.strip() for text in texts)]
         rows = rows_of(asked, number)
-        writing.append_batch(partial, number, rows)
+        if hosts.is_first():
+            writing.append_batch(partial, number, rows)
         if name == "train" and number in (0, num_batches - 1):
             run.console.samples(
                 f"samples of the base, batch {number + 1}", _shown(rows), run.config.logging.num_samples
             )
         run.console.note(f"preferences ({name}): batch {number + 1} of {num_batches}, {len(rows)} rows")
-    writing.finish(partial, final)
+    hosts.once(lambda: writing.finish(partial, final))
 
 
 def _shown(rows):

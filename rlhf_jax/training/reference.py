@@ -11,6 +11,7 @@ from rlhf_jax.checkpoints import kept
 from rlhf_jax.checkpoints.digest import digest
 from rlhf_jax.models import lora
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel import mesh as meshes
 
 
@@ -27,9 +28,10 @@ def kept_logprobs(run, stage: str, sets: dict, make_batch, batch_size: int, iden
     with meshes.activate(run.mesh):
         made_of = {"base": digest(run.base), "records": identity, "model": model}
         found = kept.load(path, made_of)
-        if found is not None:
+        if not hosts.agree(found is None):
             run.console.note(f"{stage}: reference log-probabilities read from {path}")
             return found
+        found = None
         logprobs = jax.jit(lambda base, batch: network.logprobs(base, Role(), batch)[0])
         total = sum(len(records) for records in sets.values())
         run.console.note(f"{stage}: reference log-probabilities of {total} records, computed once")
@@ -40,10 +42,10 @@ def kept_logprobs(run, stage: str, sets: dict, make_batch, batch_size: int, iden
                     f"{stage}, reference log-probabilities of {name}, record {i} of {len(records)}"
                 )
                 batch = run.put(make_batch(records[i : i + batch_size], batch_size))
-                parts.append(np.asarray(jax.device_get(logprobs(run.base, batch)), np.float32))
+                parts.append(np.asarray(hosts.gather(logprobs(run.base, batch)), np.float32))
             if parts:
                 found = (found or {}) | {name: np.concatenate(parts)[: len(records)]}
-    kept.save(path, made_of, found)
+    hosts.once(lambda: kept.save(path, made_of, found))
     return found
 
 

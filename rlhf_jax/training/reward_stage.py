@@ -16,7 +16,7 @@ from rlhf_jax.losses.decorrelation import rank_correlation, verbosity_penalties
 from rlhf_jax.models import heads, readout, roles
 from rlhf_jax.models.readout import Readout
 from rlhf_jax.models.roles import Role
-from rlhf_jax.parallel import sharding
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.training import constitution, preferences
 from rlhf_jax.training.algorithms.gating import GATING, whole
 from rlhf_jax.training.algorithms.reward_models import KINDS
@@ -177,7 +177,7 @@ class _Stage:
             for k, name in enumerate(names)
         ]
         run.console.note(f"{NAME}: rank correlation with {settings.verbosity}: {'; '.join(told)}")
-        penalty = jax.device_put(np.float32(penalties), sharding.replicated(run.mesh))
+        penalty = sharding.place(np.float32(penalties), sharding.replicated(run.mesh))
         return role.replace(readout=how, head=role.head | {"penalty": penalty})
 
     # Ensembles
@@ -195,7 +195,7 @@ class _Stage:
             std.append(max(found[weights > 0].std(), 1e-6))
         statistics = {"mean": np.float32(mean), "std": np.float32(std)}
         return Role(
-            head=jax.device_put(statistics, sharding.replicated(run.mesh)),
+            head=sharding.place(statistics, sharding.replicated(run.mesh)),
             members=tuple(members),
             readout=Readout(settings.combine, spread_coeff=settings.spread_coeff),
         )
@@ -207,7 +207,7 @@ class _Stage:
         scores, figures = read[0]["scores"], {}
         if role.members:
             stacked = np.stack([one["scores"] for one in read])
-            scores, spread = jax.device_get(readout.combined(role.readout, stacked, role.head))
+            scores, spread = hosts.gather(readout.combined(role.readout, stacked, role.head))
             each = [self.accuracy(one).get("accuracy") for one in read]
             figures["members"] = {"accuracy": each, "disagreement": float(np.mean(spread))}
         figures |= own_figures(

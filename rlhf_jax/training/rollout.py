@@ -11,6 +11,7 @@ import numpy as np
 
 from rlhf_jax.losses.masking import masked_mean
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import hosts
 from rlhf_jax.rewards import learned
 from rlhf_jax.sampling.generate import generate
 from rlhf_jax.training.algorithms import Network
@@ -83,15 +84,19 @@ def make_prepare(algorithm, settings, network: Network):
 
 
 def texts(tokenizer, batch: GroupedBatch) -> list[list[str]]:
-    """Decoded completions [B][G], without end tokens. Waits for the device."""
-    ids, mask = jax.device_get((batch.completion_ids, batch.completion_mask))
-    return [
-        [
-            tokenizer.decode_completion([i for i, kept in zip(*pair, strict=True) if kept])
-            for pair in zip(*row, strict=True)
+    """Decoded completions [B][G], without end tokens; each process decodes its share. Waits for the device."""
+    ids, mask = hosts.gather((batch.completion_ids, batch.completion_mask))
+
+    def decoded(rows):
+        return [
+            [
+                tokenizer.decode_completion([i for i, kept in zip(*pair, strict=True) if kept])
+                for pair in zip(*row, strict=True)
+            ]
+            for row in zip(ids[rows].tolist(), mask[rows].tolist(), strict=True)
         ]
-        for row in zip(ids.tolist(), mask.tolist(), strict=True)
-    ]
+
+    return hosts.spread(len(ids), decoded)
 
 
 def sample_rows(
@@ -102,12 +107,10 @@ def sample_rows(
     if batch.ref_logprobs is not None:
         log_ratio = batch.old_logprobs - batch.ref_logprobs
         fields["kl"] = jnp.where(batch.completion_mask > 0, log_ratio, 0.0).sum(-1)
-    fields = jax.device_get(fields)
+    fields = hosts.gather(fields)
     metrics = {}
     if gold is not None:
-        flat = [completion for row in completions for completion in row]
-        repeated = [prompt for prompt, row in zip(prompts, completions, strict=True) for _ in row]
-        fields["gold_reward"] = np.array(gold(repeated, flat)).reshape(len(prompts), -1)
+        fields["gold_reward"] = scored_by(gold, prompts, completions)
         metrics["gold_reward"] = float(fields["gold_reward"].mean())
     rows = [
         {"prompt": prompt, "completion": completions[b][0]}
@@ -117,6 +120,17 @@ def sample_rows(
     return metrics, rows
 
 
+def scored_by(rule, prompts: list[str], completions: list[list[str]]) -> np.ndarray:
+    """[B, G] of a rule on text; each process asks it about its share."""
+
+    def of(rows):
+        repeated = [prompt for prompt, row in zip(prompts[rows], completions[rows], strict=True) for _ in row]
+        found = rule(repeated, [completion for row in completions[rows] for completion in row])
+        return np.array(found, np.float64).reshape(-1, len(completions[0])).tolist()
+
+    return np.array(hosts.spread(len(prompts), of))
+
+
 def reward_statistics(network: Network, base, prompt_batches, rng, sampling, score) -> dict:
     """Mean and deviation of the raw reward over samples of the reference (the empty role).
 
@@ -124,5 +138,5 @@ def reward_statistics(network: Network, base, prompt_batches, rng, sampling, sco
     """
     draw = functools.partial(sample, network, base, Role(), sampling=sampling)
     batches = [draw(prompts, jax.random.fold_in(rng, i)) for i, prompts in enumerate(prompt_batches)]
-    scores = np.concatenate([np.asarray(score(i, batch)).ravel() for i, batch in enumerate(batches)])
+    scores = np.concatenate([hosts.gather(score(i, batch)).ravel() for i, batch in enumerate(batches)])
     return {"reward_mean": float(scores.mean()), "reward_std": float(max(scores.std(), 1e-6))}

@@ -18,8 +18,8 @@ from rlhf_jax.errors import InputError
 from rlhf_jax.models import lora, roles
 from rlhf_jax.models.llama import Llama, LlamaConfig
 from rlhf_jax.models.roles import Role
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.rewards.models.catalogue import MODELS
 from rlhf_jax.sampling.beam import BeamConfig
 from rlhf_jax.sampling.generate import SamplingConfig
@@ -57,9 +57,11 @@ class Run:
         """The directory of the base; the two built-in models are made on first use, hub ids are fetched."""
         if self.config.model.path == "tiny":
             corpus = [opening + text for opening, text in self.tiny_corpus]
-            return tiny.make(self.path("base"), corpus, seed=self.config.seed)
+            hosts.once(lambda: tiny.make(self.path("base"), corpus, seed=self.config.seed))
+            return self.path("base")
         if self.config.model.path == "smollm2":
-            return gguf.embedded_model()
+            with hosts.alone():  # each host has a cache of its own
+                return gguf.embedded_model()
         return huggingface.resolve(self.config.model.path)
 
     @functools.cached_property
@@ -136,7 +138,7 @@ class Run:
         dtype = jnp.dtype(self.config.model.param_dtype)
         role, settings, meta = role_files.load_role(self.role_path(name), self.model.config, dtype, self.mesh)
         return (
-            jax.device_put(role, sharding.role_shardings(role, self.model.config, self.mesh)),
+            sharding.place(role, sharding.role_shardings(role, self.model.config, self.mesh)),
             settings,
             meta,
         )
@@ -276,6 +278,7 @@ class Run:
             "keep_latest",
             "keep_best",
             "wandb_project",
+            "watchdog_seconds",
         )
         return Logging(**{name: section[name] for name in names}, tags=section.tags[stage].to_dict())
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_jax.data.formats import readable
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel import hosts
 from rlhf_jax.rewards import mixture, specs
 from rlhf_jax.rewards.functions import RewardFunction
 from rlhf_jax.rewards.models.function import ModelFunction
@@ -126,11 +127,7 @@ class Rewards(contextlib.AbstractContextManager):
         Returns: (total [B, G] float32; metrics: reward/NAME and its deviation, their weighted sum `reward`, and
           `failed_reward_fraction`).
         """
-        G = len(completions[0])
-        texts = [text for group in completions for text in group]
-        repeated = [prompt for prompt in prompts for _ in range(G)]
-        asked = [readable(prompt.text) for prompt in repeated]
-        scores, failures = [], []
+        G, scores, failures = len(completions[0]), [], []
         for function in self._functions:
             if function is None:
                 scores.append(learned)
@@ -138,7 +135,7 @@ class Rewards(contextlib.AbstractContextManager):
             if isinstance(function, ModelFunction):
                 found, failed = function.score([prompt.text for prompt in prompts], completions)
             else:
-                found, failed = function.score(asked, texts, _columns(repeated))
+                found, failed = self._asked(function, prompts, completions)
             scores.append(found.reshape(-1, G))
             failures.append(failed.mean())
         components = self.components
@@ -148,6 +145,21 @@ class Rewards(contextlib.AbstractContextManager):
         # As the scores come: normalised ones have the mean 0 whatever the policy does.
         metrics["reward"] = sum(one.weight * metrics[f"reward/{one.name}"] for one in components)
         return total, metrics | ({"failed_reward_fraction": np.mean(failures)} if failures else {})
+
+    @staticmethod
+    def _asked(function: RewardFunction, prompts, completions):
+        """(scores, failed) [B * G]; each process asks for its share of the prompts."""
+
+        def of(rows):
+            repeated = [one for one in prompts[rows] for _ in completions[0]]
+            texts = [text for group in completions[rows] for text in group]
+            asked = [readable(prompt.text) for prompt in repeated]
+            found = function.score(asked, texts, _columns(repeated))
+            size = (-1, len(completions[0]))
+            return list(zip(*(x.reshape(size).tolist() for x in found), strict=True))
+
+        scores, failed = zip(*hosts.spread(len(prompts), of), strict=True)
+        return np.array(scores, np.float32).ravel(), np.array(failed, bool).ravel()
 
 
 def _columns(prompts: list) -> dict[str, list]:

@@ -43,14 +43,14 @@ def create(
     rng = jax.random.fold_in(rng, 0)
     if shardings is None:
         shardings = trained_shardings(trained, config, mesh)
-    trained = jax.device_put(trained, shardings)
+    trained = sharding.place(trained, shardings)
     moments = sharding.optimizer_shardings(optimizer, trained, shardings, mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=moments)(trained)
     everywhere = sharding.replicated(mesh)
     controllers = {name: jnp.asarray(value, jnp.float32) for name, value in controllers.items()}
-    step, rng, controllers, memory = jax.device_put((jnp.int32(0), rng, controllers, memory), everywhere)
+    step, rng, controllers, memory = sharding.place((jnp.int32(0), rng, controllers, memory), everywhere)
     if reference is not None:
-        reference = jax.device_put(reference, sharding.role_shardings(reference, config, mesh))
+        reference = sharding.place(reference, sharding.role_shardings(reference, config, mesh))
     return TrainState(trained, opt_state, step, rng, controllers, reference, memory)
 
 

@@ -20,6 +20,7 @@ from rlhf_jax.models import encoder_heads
 from rlhf_jax.models.encoder_config import DebertaConfig
 from rlhf_jax.models.roles import Role
 from rlhf_jax.models.t5 import T5
+from rlhf_jax.parallel import hosts
 from rlhf_jax.parallel.sharding import module_shardings
 from rlhf_jax.rewards.models.pairs_of_texts import SequenceTokenizer
 from rlhf_jax.rewards.models.steamshp import wording
@@ -167,7 +168,8 @@ def load_backbone(run: Run, settings) -> Backbone:
                 "t5",
                 ["".join(wording(opening, text, text)) for opening, text in run.tiny_corpus],
             )
-        path = tiny_encoder.make(run.path("encoder"), corpus, family, seed=run.config.seed)
+        path = run.path("encoder")
+        hosts.once(lambda: tiny_encoder.make(path, corpus, family, seed=run.config.seed))
     else:
         path = huggingface.resolve(name)
     tokenizer = SequenceTokenizer(path)

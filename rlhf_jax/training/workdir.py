@@ -1,4 +1,6 @@
-"""What a workdir says about itself: config.json, environment.json, timing.json. A run of another config is refused."""
+"""What a workdir says about itself: config.json, environment.json, timing.json. A run of another config is refused.
+
+Of several processes the first one writes; all of them must see the same directory."""
 
 import contextlib
 import hashlib
@@ -7,9 +9,12 @@ import json
 import os
 import platform
 import resource
+import secrets
+import socket
 import time
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.parallel import hosts
 
 MAY_CHANGE = (
     "logging.",
@@ -17,7 +22,46 @@ MAY_CHANGE = (
     "gate.",
     "stages",
 )  # keys that a resumed run may have otherwise than before
+SHARED, VISIBLE_SECONDS = ".shared", 30.0  # a network file system may show a new file late
 PACKAGES = ("rlhf_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+
+
+def agree_on_run(config: dict, workdir: str) -> None:
+    """Before anything is written: all processes have one config, the same packages, and one workdir.
+
+    Raises: InputError, on every process, that says what differs on which.
+    """
+    if not hosts.several():
+        return
+    facts = {f"config.{key}": value for key, value in flat(_as_read_back(config)).items()}
+    facts |= {f"package {name}": version for name, version in _versions().items()}
+    hosts.agree_on(facts)
+    path, number = os.path.join(workdir, SHARED), hosts.from_first(secrets.token_hex(8))
+    if hosts.is_first():
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(number)
+    hosts.sync("workdir")
+    seen = hosts.share([_shows(path, number), socket.gethostname()])
+    if hosts.is_first():
+        os.remove(path)
+    blind = [f"process {n} (host {host})" for n, (saw, host) in enumerate(seen) if not saw]
+    if blind:
+        raise InputError(
+            f"--workdir: what process 0 (host {seen[0][1]}) writes to {os.path.abspath(workdir)} is not seen by "
+            f"{', '.join(blind[:8])}{', ...' if len(blind) > 8 else ''}. All processes need one directory: give one on "
+            "a file system that all hosts mount."
+        )
+
+
+def _shows(path: str, content: str) -> bool:
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+            if file.read() == content:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 def settle_config(config: dict, workdir: str, keep: tuple[str, ...] = ()) -> list[str]:
@@ -30,7 +74,7 @@ def settle_config(config: dict, workdir: str, keep: tuple[str, ...] = ()) -> lis
     """
     path, now, kept = os.path.join(workdir, "config.json"), _as_read_back(config), []
     # A run that ended before it made anything (a wrong path, say) may be corrected in place.
-    begun = set(os.listdir(workdir)) - {"config.json", "environment.json", "timing.json", ".lock"}
+    begun = set(os.listdir(workdir)) - {"config.json", "environment.json", "timing.json", ".lock", SHARED}
     if begun and os.path.exists(path):
         differ = differences(config, workdir)
         if differ:
@@ -81,8 +125,9 @@ def write_environment(workdir: str, config: dict, command: str) -> None:
     write_json(
         os.path.join(workdir, "environment.json"),
         {
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+            "versions": _versions(),
             "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+            "processes": jax.process_count(),
             "cpu_count": os.cpu_count(),
             "seed": config["seed"],
             "command": command,
@@ -125,10 +170,16 @@ def read_json(path: str):
 
 
 def write_json(path: str, content) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, by the first process."""
+    if not hosts.is_first():
+        return
     with open(path + ".new", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1, allow_nan=False)
     os.replace(path + ".new", path)
+
+
+def _versions() -> dict[str, str | None]:
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def _version(name: str) -> str | None:

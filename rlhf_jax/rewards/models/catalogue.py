@@ -28,9 +28,11 @@ def judge(
     from rlhf_jax.checkpoints import gguf, huggingface
     from rlhf_jax.data.tokenization import load_tokenizer
     from rlhf_jax.models.llama import Llama
+    from rlhf_jax.parallel import hosts
     from rlhf_jax.rewards.models.judge import PRINCIPLE, Judge
 
-    directory = gguf.embedded_model() if path == "smollm2" else huggingface.resolve(path)
+    with hosts.alone():  # each host has a cache of its own
+        directory = gguf.embedded_model() if path == "smollm2" else huggingface.resolve(path)
     config, params = huggingface.load_llama(directory, mesh=mesh)
     tokenizer = load_tokenizer(directory, config.eos_ids)
     tokenizer.check_vocabulary(config.vocab_size)

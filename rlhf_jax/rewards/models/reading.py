@@ -3,12 +3,11 @@
 import math
 from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 
 from rlhf_jax.data import batching
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 
 SMALLEST = 16  # tokens
 
@@ -75,7 +74,7 @@ def _batches(forward, asked, size_of, batch_of, batch_size, mesh):
         else:
             with meshes.activate(mesh):
                 scores = forward(sharding.put_batch(batch, mesh))
-        for i, row in zip(indices, np.asarray(jax.device_get(scores), np.float32), strict=False):
+        for i, row in zip(indices, np.asarray(hosts.gather(scores), np.float32), strict=False):
             found[i] = row
     return found
 
