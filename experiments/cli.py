@@ -174,6 +174,8 @@ def main(command, argv=None) -> None:
         if _hosts() is not None:
             _hosts().finish()
     except RunError as error:
+        if isinstance(error, StorageError) and _hosts() is not None:
+            _hosts().wait_for_news()
         _say(error, argv)
         _exit(error.status, error)
     except OSError as error:
@@ -186,6 +188,7 @@ def main(command, argv=None) -> None:
     except Exception as error:  # a bug; of one process alone the interpreter tells it
         if _hosts() is None or not _hosts().several():
             raise
+        _hosts().wait_for_news()
         traceback.print_exc()
         _exit(1, f"{type(error).__name__}: {error}")
     sys.stdout.flush()

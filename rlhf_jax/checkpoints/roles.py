@@ -71,7 +71,7 @@ def save_text_role(
 
 @contextlib.contextmanager
 def _whole(path: str):
-    """A directory that takes the place of `path` once it is filled: by the first process, with what all of them have."""
+    """A directory that takes the place of `path` once it is filled, by the first process."""
     fresh = path + ".new"
 
     def begin():

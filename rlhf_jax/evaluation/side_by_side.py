@@ -95,19 +95,23 @@ def completions_of(
             found = measure(base, batch) | {"completion_length": made.mask.sum(-1), "finished": made.finished}
             drawn.append(hosts.gather((made.ids, made.mask, found)))
         made_ids, made_mask, found = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *drawn)
-        decode = lambda row, kept: tokenizer.decode_completion(row[kept > 0].tolist())
-        texts = hosts.spread(
-            len(made_ids),
-            lambda rows, both=(made_ids, made_mask): [
-                [decode(*one) for one in zip(*group, strict=True)]
-                for group in zip(*(x[rows] for x in both), strict=True)
-            ],
-        )
+        texts = decoded(tokenizer, made_ids, made_mask)
         rows.append((texts[: len(chosen)], {name: x[: len(chosen)] for name, x in found.items()}))
     arrays = {name: np.concatenate([found[name] for _, found in rows]) for name in rows[0][1]}
     texts = [group for texts, _ in rows for group in texts]
     assert all(len(group) == G for group in texts)
     return {"texts": texts, **arrays}
+
+
+def decoded(tokenizer, ids, mask) -> list[list[str]]:
+    """[N][G] texts of completions [N, G, R]; each process decodes its share."""
+    text = lambda row, kept: tokenizer.decode_completion(row[kept > 0].tolist())
+
+    def of(rows):
+        groups = zip(ids[rows], mask[rows], strict=True)
+        return [[text(*one) for one in zip(*group, strict=True)] for group in groups]
+
+    return hosts.spread(len(ids), of)
 
 
 def with_gold(found: dict, prompts: list[str], gold: Callable | None) -> dict:

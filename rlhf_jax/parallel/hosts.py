@@ -109,6 +109,11 @@ def finish() -> None:
         jax.distributed.shutdown()
 
 
+def wait_for_news() -> None:
+    """At an error that another process may have caused, by its own end: then that is what is told, and this one ends."""
+    peers.wait_for_news()
+
+
 def leave(status: int, why: str) -> None:
     """End this process, and with it the others, which are told why. Alone it returns."""
     peers.leave(status, why)

@@ -40,6 +40,12 @@ def leave(status: int, why: str = "") -> None:
         _link.leave(status, why)
 
 
+def wait_for_news(seconds: float = 2.0) -> None:
+    """Whether an error is another's end is known in a moment; then this process ends here, and says so."""
+    if _link is not None and _link.news.wait(seconds):
+        time.sleep(60.0)
+
+
 def part() -> None:
     """The run is over, for all: from now on nobody is missed."""
     global _link
@@ -70,6 +76,10 @@ class Watch:
         limit = FIRST_TIMES * (least_seconds if known is None else known)
         self._now = (phase, kind, now, max(limit, least_seconds))
 
+    @property
+    def phase(self) -> str:
+        return self._now[0]
+
     def overdue(self) -> str:
         """What has taken too long, and how long; empty if nothing has."""
         phase, _, since, limit = self._now
@@ -84,7 +94,7 @@ class _Link:
         self.index, self.count, self.watch = index, count, Watch()
         self._lock, self._parted, self._leaving = threading.Lock(), False, False
         self._selector, self._buffers, self._who = selectors.DefaultSelector(), {}, {}
-        self._listener = None
+        self._listener, self.news = None, threading.Event()
         if index == 0:
             self._listener = socket.create_server(("", 0), backlog=count)
             token = secrets.token_hex(16)
@@ -147,7 +157,7 @@ class _Link:
             overdue = self.watch.overdue()
             if overdue and not self._leaving:
                 faulthandler.dump_traceback(all_threads=True)
-                self._end(self.index, PeerLost.status, f"{overdue}; where it stood is above", told=True)
+                self._end(self.index, PeerLost.status, f"{overdue}; where it stood is above")
 
     def _accept(self):
         connection, _ = self._listener.accept()
@@ -174,7 +184,7 @@ class _Link:
             who = self._who.pop(connection, None)
             connection.close()
             if who is not None and not self._parted and not self._leaving:
-                self._end(who, PeerLost.status, "it was killed, or its host is gone", at_once=True)
+                self._end(who, None, "it was killed, or its host is", at_once=True)
 
     def _hear(self, connection, message):
         if connection not in self._who:  # the first line of somebody new
@@ -185,25 +195,26 @@ class _Link:
         elif "ended" in message:
             self._end(message["ended"], message["status"], message["why"], but=connection)
 
-    def _end(self, who, status, why, *, but=None, at_once=False, told=False):
-        """The run is over because of process `who`; this one gets the time to end by itself, with its own message."""
-        if who == self.index:
-            said = f"process {who} of {self.count}: {why}"
-        else:
-            said = f"process {who} of {self.count} ended (status {status}): {why}"
+    def _end(self, who, status, why, *, but=None, at_once=False):
+        """The run is over because of process `who`, of which status None says that it could not say so itself. Any other
+        gets the time to end by itself, with its own message."""
+        self.news.set()
         with self._lock:
             self._tell({"ended": who, "status": status, "why": why}, but)
-        if not (at_once or told):
+        if not (at_once or who == self.index):
             time.sleep(GRACE_SECONDS)
         if self._leaving:
             time.sleep(2 * GRACE_SECONDS)
-        mine = status if status in FINAL else PeerLost.status
-        hint = "" if status in FINAL else " Run the same command again on all of them to go on."
-        phase = f" This process was at: {self.watch._now[0]}." if self.watch._now[0] and not told else ""
-        print(f"error: {said}{phase}{hint}", file=sys.stderr, flush=True)
-        if self.index == 0 and len(self._who) > 0:
-            time.sleep(GRACE_SECONDS + 1.0)
-        _exit(mine)
+        how = "is gone" if status is None else f"ended with status {status}"
+        said = f"process {who} of {self.count} {'' if who == self.index else how}: {why}".replace(" :", ":")
+        if self.watch.phase and who != self.index:
+            said += f"\nThis is process {self.index}; it was at: {self.watch.phase}."
+        if status not in FINAL:
+            said += "\nStart all of them again, with the same command, to go on from what is saved."
+        print(f"error: {said}", file=sys.stderr, flush=True)
+        if self.index == 0:  # jax ends the others at once when process 0 is gone
+            time.sleep(GRACE_SECONDS + 1.0 if self._who else 0.0)
+        _exit(status if status in FINAL else PeerLost.status)
 
 
 def _exit(status):
