@@ -185,7 +185,7 @@ def main(command, argv=None) -> None:
     except KeyboardInterrupt:
         _say("interrupted before anything was started", argv)
         _exit(Interrupted.status, "interrupted")
-    except Exception as error:  # a bug; of one process alone the interpreter tells it
+    except BaseException as error:  # a bug; of one process alone the interpreter tells it
         if _hosts() is None or not _hosts().several():
             raise
         _hosts().wait_for_news()

@@ -52,7 +52,7 @@ def judge_before_rl(run) -> None:
     stops = section.on_refusal == "stop"
     made_of = {"reward_model": _digest(run.role_path("reward_model"))}
     made_of |= {name: section[name] for name in MEASURED_BY}
-    kept = read_json(path) if os.path.exists(path) else {}
+    kept = hosts.from_first(read_json(path) if hosts.is_first() and os.path.exists(path) else {})
     if kept.get("made_of") == made_of:
         measures = kept["measures"]
     else:

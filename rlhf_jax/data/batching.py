@@ -208,24 +208,6 @@ def steps_for_epochs(num_records: int, epochs: float, batch_size: int) -> int:
     return int(np.ceil(num_records * epochs / batch_size))
 
 
-def host_slice(batch_size: int, process_index: int, process_count: int) -> slice:
-    """The rows of a global batch that belong to one of the hosts."""
-    if not 0 <= process_index < process_count:
-        raise InputError(f"Host {process_index} is not one of {process_count}.")
-    if batch_size % process_count:
-        raise InputError(
-            f"A batch of {batch_size} cannot be split evenly among {process_count} hosts; change batch_size."
-        )
-    share = batch_size // process_count
-    return slice(process_index * share, (process_index + 1) * share)
-
-
-def split_for_host(batch: Sequence, process_index: int, process_count: int) -> Sequence:
-    """One host's share of a global batch. Since every host derives it from the same global batch, the number
-    of hosts may change between two parts of a run."""
-    return batch[host_slice(len(batch), process_index, process_count)]
-
-
 def _content(record):
     """A record as JSON values. Where it was found (`row`) is left out: a file may move."""
     if dataclasses.is_dataclass(record):

@@ -23,7 +23,7 @@ LOOK_SECONDS = 0.5  # between two looks at the watchdog
 CONNECT_SECONDS = 10.0
 GRACE_SECONDS = 3.0  # for a process that is about to end by itself, when another one has
 FINAL = (2, 3, 74, 75)  # ends of the run: with another's status of these everyone ends; else with PeerLost's
-FIRST_TIMES = 10  # as long as ever after may something take that compiles
+TIMES = 10  # as long as ever before may a step take
 
 _link = None  # of this process; None: it is alone
 
@@ -55,8 +55,8 @@ def part() -> None:
 
 
 def beat(phase: str = "", kind: str = "", least_seconds: float = 300.0) -> None:
-    """What this process is about to do; the watchdog waits 10 times the longest that this kind has taken, at least
-    `least_seconds`, and 10 times that the first time, which compiles. Without a phase it sleeps."""
+    """What this process is about to do. The watchdog waits 10 times the longest that this kind has taken, and at least
+    `least_seconds`; at first, when things are compiled, 10 times these. Without a phase it sleeps."""
     if _link is not None:
         _link.watch.beat(phase, kind, least_seconds)
 
@@ -70,11 +70,12 @@ class Watch:
     def beat(self, phase: str, kind: str, least_seconds: float) -> None:
         _, before, since, _ = self._now
         now = self._clock()
-        if before:
-            self._longest[before] = max(self._longest.get(before, 0.0), now - since)
-        known = self._longest.get(kind)
-        limit = FIRST_TIMES * (least_seconds if known is None else known)
-        self._now = (phase, kind, now, max(limit, least_seconds))
+        if before in self._longest:
+            self._longest[before] = max(self._longest[before], now - since)
+        elif before:  # the first time compiles, and says nothing of the others
+            self._longest[before] = 0.0
+        known = self._longest.get(kind, 0.0) or least_seconds
+        self._now = (phase, kind, now, max(TIMES * known, least_seconds))
 
     @property
     def phase(self) -> str:

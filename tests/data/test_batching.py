@@ -134,14 +134,3 @@ def test_epochs_to_steps():
     )  # the last steps of a real run, which ceil(47) * 30
     assert batching.steps_for_epochs(2000, 10, 64) == 313  # = 1410 and 320 would miss
     assert batching.steps_for_epochs(10, 0.5, 5) == 1
-
-
-def test_hosts_share_a_global_batch():
-    batch = list(range(12))
-    for count in (1, 2, 3, 4):
-        shares = [batching.split_for_host(batch, index, count) for index in range(count)]
-        assert sum(shares, []) == batch and len({len(share) for share in shares}) == 1
-    with pytest.raises(InputError, match="12 cannot be split evenly among 5 hosts"):
-        batching.split_for_host(batch, 0, 5)
-    with pytest.raises(InputError, match="Host 2 is not one of 2"):
-        batching.split_for_host(batch, 2, 2)
