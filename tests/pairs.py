@@ -31,7 +31,9 @@ class Pair(contextlib.AbstractContextManager):
             command = [sys.executable, "-u", *arguments, *flags, f"--process_id={n}", *own[n]]
             with open(self.logs[n], "wb") as log:
                 self.processes.append(
-                    subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=cwd[n])
+                    subprocess.Popen(
+                        command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=cwd[n]
+                    )
                 )
 
     def __exit__(self, *exception):

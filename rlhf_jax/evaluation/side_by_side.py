@@ -58,10 +58,10 @@ def completions_of(
     rows = []
 
     @jax.jit
-    def measure(base, batch):
+    def measure(base, scorer, batch):
         found = {}
         if reward is not None:
-            found["reward"] = learned.score(model, base, reward[0], batch, sampling.eos_ids, *reward[1:])
+            found["reward"] = learned.score(model, base, scorer, batch, sampling.eos_ids, *reward[1:])
         if against is not None and temperature > 0:
             states = roles.predicting_states(model, base, against, batch)
             vocabulary = unembedding(against.params(base))
@@ -92,7 +92,8 @@ def completions_of(
                 own = jax.random.fold_in(key, number) if number else key
                 made = generate(model, params, *asked, own, sampling, role.adapter)
             batch = GroupedBatch(ids, mask, made.ids, made.mask, old_logprobs=made.logprobs)
-            found = measure(base, batch) | {"completion_length": made.mask.sum(-1), "finished": made.finished}
+            found = measure(base, reward and reward[0], batch)
+            found |= {"completion_length": made.mask.sum(-1), "finished": made.finished}
             drawn.append(hosts.gather((made.ids, made.mask, found)))
         made_ids, made_mask, found = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *drawn)
         texts = decoded(tokenizer, made_ids, made_mask)

@@ -110,7 +110,7 @@ def finish() -> None:
 
 
 def wait_for_news() -> None:
-    """At an error that another process may have caused, by its own end: then that is what is told, and this one ends."""
+    """At an error that the end of another process may have caused: then that is what is told, and this one ends."""
     peers.wait_for_news()
 
 

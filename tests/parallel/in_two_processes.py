@@ -44,7 +44,7 @@ def disagree(me):
 
 
 def arrays(me):
-    """Each process puts the rows of its own devices, and nothing else: what it has in the place of others is not read."""
+    """Each process puts the rows of its own devices; what it has in the place of others is not read."""
     mesh = meshes.make_mesh(1, 4, 2)  # rows are split over fsdp, four ways
     rows = np.arange(24.0, dtype=np.float32).reshape(8, 3)
     ours = np.where((np.arange(8) // 4 == me)[:, None], rows, np.nan)
@@ -65,8 +65,13 @@ def files(me, folder, batch):
     """One writer, of arrays that no process has whole; a workdir that not all see is refused."""
     path = os.path.join(folder, "role")
     role_files.save_role(path, Role(head={"kernel": batch}), None, None, None, {"step": 3})
-    assert role_files.read_meta(path)["step"] == 3 and sorted(os.listdir(path)) == ["head.safetensors", "role.json"]
-    np.testing.assert_array_equal(load_file(os.path.join(path, "head.safetensors"))["kernel"], hosts.gather(batch))
+    assert role_files.read_meta(path)["step"] == 3 and sorted(os.listdir(path)) == [
+        "head.safetensors",
+        "role.json",
+    ]
+    np.testing.assert_array_equal(
+        load_file(os.path.join(path, "head.safetensors"))["kernel"], hosts.gather(batch)
+    )
     workdir.agree_on_run({"seed": 0}, folder)
     workdir.VISIBLE_SECONDS = 0.1
     own = os.path.join(folder, str(me))

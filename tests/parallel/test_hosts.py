@@ -7,7 +7,13 @@ from rlhf_jax.errors import InputError, PeerLost
 from rlhf_jax.parallel import hosts, peers
 from tests.pairs import Pair
 
-SIGNS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", *hosts.LAUNCHERS, *hosts.HOSTS_OF_A_SLICE)
+SIGNS = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+    *hosts.LAUNCHERS,
+    *hosts.HOSTS_OF_A_SLICE,
+)
 
 
 @pytest.fixture
@@ -33,7 +39,11 @@ FOUND, HERE = (None, None, None, None), ("host:1", 2, 1, "deactivate")
     [
         ({}, {}, None),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, {}, None),  # a slice of one host
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, {}, None),  # inside of salloc or sbatch, not started by srun
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},
+            {},
+            None,
+        ),  # inside of salloc or sbatch, not started by srun
         ({"SLURM_STEP_NUM_TASKS": "1"}, {}, None),
         ({"JAX_COORDINATOR_ADDRESS": "host:1"}, {}, None),
         ({}, dict(address="host:1", count=1, index=0), None),
@@ -43,7 +53,11 @@ FOUND, HERE = (None, None, None, None), ("host:1", 2, 1, "deactivate")
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}, FOUND),
         ({}, dict(address="host:1", count=2, index=1), HERE),
         (dict(zip(SIGNS, ("host:1", "2", "1"), strict=False)), {}, HERE),
-        (dict(zip(SIGNS, ("other:1", "9", "8"), strict=False)), dict(address="host:1", count=2, index=1), HERE),
+        (
+            dict(zip(SIGNS, ("other:1", "9", "8"), strict=False)),
+            dict(address="host:1", count=2, index=1),
+            HERE,
+        ),
     ],
 )
 def test_several_processes_only_where_several_are_meant(environment, asked, expected, started, monkeypatch):
@@ -59,7 +73,10 @@ def test_several_processes_only_where_several_are_meant(environment, asked, expe
         (dict(address="host:1"), "--num_processes and --process_id missing"),
         (dict(count=2, index=0), "--coordinator_address missing"),
         (dict(address="host", count=2, index=0), "expected HOST:PORT"),
-        (dict(address="host:1", count=2, index=2), "--process_id=2: expected HOST:PORT, and a process from 0 to"),
+        (
+            dict(address="host:1", count=2, index=2),
+            "--process_id=2: expected HOST:PORT, and a process from 0 to",
+        ),
     ],
 )
 def test_half_of_the_flags_are_refused(asked, message, started):
@@ -68,7 +85,9 @@ def test_half_of_the_flags_are_refused(asked, message, started):
     assert not started
 
 
-@pytest.mark.parametrize("raised, expected", [(ValueError("none."), InputError), (RuntimeError("no."), PeerLost)])
+@pytest.mark.parametrize(
+    "raised, expected", [(ValueError("none."), InputError), (RuntimeError("no."), PeerLost)]
+)
 def test_a_failed_start_says_what_to_do(raised, expected, started, monkeypatch):
     def initialize(*args, **kwargs):
         raise raised

@@ -44,7 +44,7 @@ class Decoder:
             raise InputError(
                 f"the reward model {path} has {outputs} outputs; output={output} is none of them (from 0)."
             )
-        self._params, self._tokenizer = params, load_tokenizer(huggingface.resolve(path), config.eos_ids)
+        self._tokenizer = load_tokenizer(huggingface.resolve(path), config.eos_ids)
         self._tokenizer.check_vocabulary(config.vocab_size)
         self._template, self._max_tokens = (
             template,
@@ -53,7 +53,8 @@ class Decoder:
         self._how = dict(batch_size=batch_size, pad_id=self._tokenizer.pad_id, mesh=mesh)
         model = Llama(config)
         role = roles.Role(head={"kernel": head[:, output], "bias": jnp.zeros(())}, pooling=pooling)
-        self._forward = jax.jit(lambda params, batch: roles.scores(model, params, role, batch))
+        self._weights = params, role
+        self._forward = jax.jit(lambda weights, batch: roles.scores(model, *weights, batch))
         self._remembered = Remembered(self._answer)
 
     def score(self, prompts, completions) -> np.ndarray:
@@ -75,7 +76,7 @@ class Decoder:
                 prompt = [{"role": "user", "content": prompt}]
             room = self._max_tokens - max(map(len, texts))
             groups.append((self._tokenizer.encode_prompt(prompt, room), texts))
-        found = reading.groups(lambda batch: self._forward(self._params, batch), groups, **self._how)
+        found = reading.groups(lambda batch: self._forward(self._weights, batch), groups, **self._how)
         answers = np.zeros(len(questions), np.float32)
         for group, scores in zip(numbers, found, strict=True):
             answers[group] = scores
