@@ -197,8 +197,8 @@ class _Link:
             self._end(message["ended"], message["status"], message["why"], but=connection)
 
     def _end(self, who, status, why, *, but=None, at_once=False):
-        """The run is over because of process `who`; its status is None if it could not say so itself. If this one is about
-        to end on its own, it gets the time to, and tells its own error."""
+        """The run is over because of process `who`; its status is None if it could not say so itself. If this process is
+        about to end on its own, it gets the time to, and tells its own error."""
         self.news.set()
         with self._lock:
             self._tell({"ended": who, "status": status, "why": why}, but)

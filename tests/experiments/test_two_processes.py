@@ -63,6 +63,7 @@ def test_two_processes_make_the_run_of_one(finished, tmp_path):
     assert json.loads((workdir / "environment.json").read_text())["processes"] == 2
 
 
+@pytest.mark.faults
 def test_a_config_of_its_own_is_refused(finished, tmp_path):
     workdir = begun(finished, tmp_path / "run")
     with pair(workdir, own=((), ("--config.ppo.kl_coeff=0.07",))) as run:

@@ -73,6 +73,8 @@ def files(me, folder, batch):
         load_file(os.path.join(path, "head.safetensors"))["kernel"], hosts.gather(batch)
     )
     workdir.agree_on_run({"seed": 0}, folder)
+    with pytest.raises(InputError, match="config.ppo.kl_coeff: 0.05 on process 0; 1.05 on process 1"):
+        workdir.agree_on_run({"ppo": {"kl_coeff": 0.05 + me}}, folder)
     workdir.VISIBLE_SECONDS = 0.1
     own = os.path.join(folder, str(me))
     os.makedirs(own)
