@@ -153,7 +153,7 @@ class _Link:
             try:
                 for key, _ in self._selector.select(LOOK_SECONDS):
                     self._accept() if key.fileobj is self._listener else self._read(key.fileobj)
-            except (OSError, ValueError):
+            except Exception:  # a line from elsewhere, say: whatever it is, the watch goes on
                 time.sleep(LOOK_SECONDS)
             overdue = self.watch.overdue()
             if overdue and not self._leaving:
@@ -179,7 +179,8 @@ class _Link:
             data = b""
         *lines, self._buffers[connection] = (self._buffers[connection] + data).split(b"\n")
         for line in lines:
-            self._hear(connection, json.loads(line))
+            if not self._hear(connection, line):
+                data = b""
         if not data or len(self._buffers[connection]) > 1 << 16:
             self._selector.unregister(connection)
             who = self._who.pop(connection, None)
@@ -187,18 +188,25 @@ class _Link:
             if who is not None and not self._parted and not self._leaving:
                 self._end(who, None, "it was killed, or its host is", at_once=True)
 
-    def _hear(self, connection, message):
-        if connection not in self._who:  # the first line of somebody new
-            if message.get("token") == self._token:
+    def _hear(self, connection, line) -> bool:
+        """Whether to go on listening to it."""
+        try:
+            message = json.loads(line)
+            if connection not in self._who:  # the first line of somebody new
+                if not secrets.compare_digest(message["token"], self._token):
+                    return False
                 self._who[connection] = int(message["hello"])
-        elif "bye" in message:
+        except (ValueError, TypeError, KeyError):
+            return False
+        if "bye" in message:
             self._who.pop(connection)
         elif "ended" in message:
             self._end(message["ended"], message["status"], message["why"], but=connection)
+        return True
 
     def _end(self, who, status, why, *, but=None, at_once=False):
-        """The run is over because of process `who`; its status is None if it could not say so itself. If this process is
-        about to end on its own, it gets the time to, and tells its own error."""
+        """The run is over because of process `who`; its status is None if it could not say so itself. This process
+        gets the time to end on its own, if it is about to, with its own error."""
         self.news.set()
         with self._lock:
             self._tell({"ended": who, "status": status, "why": why}, but)

@@ -11,8 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-import jax
-
 from rlhf_jax.checkpoints.store import CheckpointStore
 from rlhf_jax.data.batching import check_fingerprint
 from rlhf_jax.errors import Interrupted, NumericsError
@@ -188,7 +186,7 @@ class _Log:
         if self.pending is None:
             return
         (step, output), self.pending = self.pending, None
-        metrics = {name: float(value) for name, value in jax.device_get(output.metrics).items()}
+        metrics = {name: float(value) for name, value in hosts.gather(output.metrics).items()}
         now = time.monotonic()
         seconds, self.clock = now - self.clock, now
         tokens = metrics.pop("tokens", 0.0)
