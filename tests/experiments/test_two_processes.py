@@ -12,10 +12,8 @@ from tests.experiments.small_runs import SMALL, assert_same_policy, begun, copy_
 from tests.pairs import Pair
 
 RUN = ("-m", "experiments.run")
-FLAGS = [
-    "--config=configs/pipeline.py:tiny",
-    *(f"--config.{item}" for item in SMALL if not item.startswith("quark.")),
-]
+FLAGS = ["--config=configs/pipeline.py:tiny", "--config.logging.log_every_steps=1"]
+FLAGS += [f"--config.{item}" for item in SMALL if not item.startswith("quark.")]
 SOON = 30  # seconds in which the other process ends
 
 
@@ -87,9 +85,17 @@ def test_data_of_its_own_is_refused(finished, tmp_path):
         assert "train prompts: [" in run.log(0) and "on process 1" in run.log(0), run.log(0)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(finished, tmp_path_factory):
+    workdir = begun(finished, tmp_path_factory.mktemp("two") / "run")
+    with pair(workdir) as run:
+        assert run.statuses() == [0, 0], run.log(0) + run.log(1)
+    return workdir
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_is_killed_and_the_run_goes_on(victim, finished, tmp_path):
+def test_one_is_killed_and_the_run_goes_on(victim, finished, uninterrupted, tmp_path):
     workdir = begun(finished, tmp_path / "run")
     with pair(workdir) as run:
         run.wait_for("ppo 3/")
@@ -104,9 +110,6 @@ def test_one_is_killed_and_the_run_goes_on(victim, finished, tmp_path):
     with pair(workdir) as run:
         assert run.statuses() == [0, 0], run.log(0) + run.log(1)
         assert "ppo: resuming from step 2" in run.log(0)
-    uninterrupted = begun(finished, tmp_path / "whole")
-    with pair(uninterrupted) as run:
-        assert run.statuses() == [0, 0]
     assert_same_policy(uninterrupted, workdir)
     assert timeless(uninterrupted, "ppo") == timeless(workdir, "ppo")
 
