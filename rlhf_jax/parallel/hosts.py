@@ -245,22 +245,19 @@ class Vote:
 
     def __init__(self):
         self._before = None
+        if several():
+            mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+            self._split, whole = jax.NamedSharding(mesh, jax.P("all")), jax.NamedSharding(mesh, jax.P())
+            self._any = jax.jit(lambda ballots: ballots.max() > 0, out_shardings=whole)
 
     def __call__(self, wanted: bool) -> bool:
         """The same on all processes: whether one wanted it at the call before. With one process: `wanted`."""
         if not several():
             return wanted
-        devices = np.array(jax.devices())
-        mesh = jax.sharding.Mesh(devices, ("all",))
         ours = np.full(jax.local_device_count(), wanted, np.int32)
-        split, whole = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("all",), ()))
-        ballots = jax.make_array_from_process_local_data(split, ours, devices.shape)
-        before, self._before = self._before, jax.jit(_any, out_shardings=whole)(ballots)
+        ballots = jax.make_array_from_process_local_data(self._split, ours, (jax.device_count(),))
+        before, self._before = self._before, self._any(ballots)
         return before is not None and bool(before)
-
-
-def _any(ballots):
-    return ballots.max() > 0
 
 
 # --- arrays

@@ -22,6 +22,7 @@ from rlhf_jax.errors import PeerLost
 LOOK_SECONDS = 0.5  # between two looks at the watchdog
 CONNECT_SECONDS = 10.0
 GRACE_SECONDS = 3.0  # for a process that is about to end by itself, when another one has
+LAST_SECONDS = GRACE_SECONDS + 2.0  # that process 0 waits for the others to end
 FINAL = (2, 3, 74, 75)  # ends of the run: with another's status of these everyone ends; else with PeerLost's
 TIMES = 10  # as long as ever before may a step take
 
@@ -96,6 +97,7 @@ class _Link:
         self._lock, self._parted, self._leaving = threading.Lock(), False, False
         self._selector, self._buffers, self._who = selectors.DefaultSelector(), {}, {}
         self._listener, self.news = None, threading.Event()
+        self._verdict, self._told = None, False
         if index == 0:
             self._listener = socket.create_server(("", 0), backlog=count)
             token = secrets.token_hex(16)
@@ -127,7 +129,7 @@ class _Link:
             self._tell({"ended": self.index, "status": status, "why": why[:2000]})
         if self.index == 0:
             # jax ends the others at once when process 0 is gone: let them read why first.
-            deadline = time.monotonic() + GRACE_SECONDS + 2.0
+            deadline = time.monotonic() + LAST_SECONDS
             while self._who and time.monotonic() < deadline:
                 time.sleep(0.05)
         _exit(status)
@@ -151,11 +153,12 @@ class _Link:
     def _run(self):
         while not self._parted:
             try:
-                for key, _ in self._selector.select(LOOK_SECONDS):
+                for key, _ in self._selector.select(LOOK_SECONDS if self._verdict is None else 0.05):
                     self._accept() if key.fileobj is self._listener else self._read(key.fileobj)
             except Exception:  # a line from elsewhere, say: whatever it is, the watch goes on
                 time.sleep(LOOK_SECONDS)
-            overdue = self.watch.overdue()
+            self._execute()
+            overdue = self._verdict is None and self.watch.overdue()
             if overdue and not self._leaving:
                 faulthandler.dump_traceback(all_threads=True)
                 self._end(self.index, PeerLost.status, f"{overdue}; where it stood is above")
@@ -186,7 +189,7 @@ class _Link:
             who = self._who.pop(connection, None)
             connection.close()
             if who is not None and not self._parted and not self._leaving:
-                self._end(who, None, "it was killed, or its host is", at_once=True)
+                self._end(who, None, "it was killed, or its host is")
 
     def _hear(self, connection, line) -> bool:
         """Whether to go on listening to it."""
@@ -204,26 +207,38 @@ class _Link:
             self._end(message["ended"], message["status"], message["why"], but=connection)
         return True
 
-    def _end(self, who, status, why, *, but=None, at_once=False):
+    def _end(self, who, status, why, *, but=None):
         """The run is over because of process `who`; its status is None if it could not say so itself. This process
         gets the time to end on its own, if it is about to, with its own error."""
+        if self._verdict is not None or self._leaving:
+            return
+        grace = 0.0 if status is None or who == self.index else GRACE_SECONDS
+        self._verdict = (who, status, why, time.monotonic() + grace)
         self.news.set()
         with self._lock:
             self._tell({"ended": who, "status": status, "why": why}, but)
-        if not (at_once or who == self.index):
-            time.sleep(GRACE_SECONDS)
-        if self._leaving:
-            time.sleep(2 * GRACE_SECONDS)
-        how = "is gone" if status is None else f"ended with status {status}"
-        said = f"process {who} of {self.count} {'' if who == self.index else how}: {why}".replace(" :", ":")
-        if self.watch.phase and who != self.index:
-            said += f"\nThis is process {self.index}; it was at: {self.watch.phase}."
-        if status not in FINAL:
-            said += "\nStart all of them again, with the same command, to go on from what is saved."
-        print(f"error: {said}", file=sys.stderr, flush=True)
-        if self.index == 0:  # jax ends the others at once when process 0 is gone
-            time.sleep(GRACE_SECONDS + 1.0 if self._who else 0.0)
-        _exit(status if status in FINAL else PeerLost.status)
+
+    def _execute(self):
+        """What a verdict leads to, when its time has come."""
+        if self._verdict is None or self._leaving:
+            return
+        who, status, why, due = self._verdict
+        if time.monotonic() < due:
+            return
+        if not self._told:
+            self._told = True
+            how = (
+                "" if who == self.index else " is gone" if status is None else f" ended with status {status}"
+            )
+            said = f"process {who} of {self.count}{how}: {why}"
+            if self.watch.phase and who != self.index:
+                said += f"\nThis is process {self.index}; it was at: {self.watch.phase}."
+            if status not in FINAL:
+                said += "\nStart all of them again, with the same command, to go on from what is saved."
+            print(f"error: {said}", file=sys.stderr, flush=True)
+        # jax ends the others at once when process 0 is gone: it goes last.
+        if self.index or not self._who or time.monotonic() > due + LAST_SECONDS:
+            _exit(status if status in FINAL else PeerLost.status)
 
 
 def _exit(status):
