@@ -139,7 +139,10 @@ class Collector:
             scores, told = self.learned(chosen, batch, mean, std, texts)
         if self.rewards.plain:
             return scores, told
-        total, metrics = self.rewards.total(scores, [prompt for prompt, _ in chosen], texts, batch.weights)
+        weights = batch.weights
+        if hosts.several():  # normalised over the whole batch, by each
+            scores, weights = hosts.gather((scores, weights))
+        total, metrics = self.rewards.total(scores, [prompt for prompt, _ in chosen], texts, weights)
         return self.run.put(np.asarray(total)), metrics | told
 
     @property

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.experiments.small_runs import SMALL, assert_same_policy, begun, copy_without, timeless
+from tests.experiments.small_runs import SMALL, assert_same_policy, begun, copy_without, run_small, timeless
 from tests.pairs import Pair
 
 RUN = ("-m", "experiments.run")
@@ -124,6 +124,19 @@ def test_a_run_of_one_is_taken_up_by_two(finished, tmp_path):
         assert "ppo: resuming from step 2" in run.log(0)
     assert_close(timeless(workdir, "ppo"), timeless(finished, "ppo"))
     assert texts(workdir / "completions/ppo.jsonl") == texts(finished / "completions/ppo.jsonl")
+
+
+@pytest.mark.faults
+def test_rewards_are_normalised_over_all_processes(finished, tmp_path):
+    """Of a mixture of the learned reward and a rule, which each process asks about its own rows."""
+    more = ["rewards.components=('learned','length:target=5')", "rewards.weights=(1.0,0.5)"]
+    more += ["rewards.normalise=batch", "stages=('ppo',)", "ppo.steps=3"]
+    one, two = (begun(finished, tmp_path / name) for name in ("one", "two"))
+    run_small(one, *more)
+    with pair(two, *(f"--config.{item}" for item in more)) as run:
+        assert run.statuses() == [0, 0], run.log(0) + run.log(1)
+    assert_close(timeless(two, "ppo"), timeless(one, "ppo"))
+    assert texts(two / "completions/ppo.jsonl") == texts(one / "completions/ppo.jsonl")
 
 
 @pytest.mark.faults
