@@ -11,9 +11,8 @@ import numpy as np
 
 from rlhf_jax.data import batching, formats, packing
 from rlhf_jax.errors import InputError
-from rlhf_jax.parallel import hosts
+from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.parallel import sharding
 from rlhf_jax.training import constitution
 from rlhf_jax.training import reference as references
 from rlhf_jax.training import state as states

@@ -168,7 +168,7 @@ class Run:
             own = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
             return Role(None, head, own, depth, pooling)
         split = sharding.adapter_shardings(config, self.lora, self.mesh)
-        adapter = jax.device_put(lora.init(rng, config, self.lora), split)
+        adapter = sharding.place(lora.init(rng, config, self.lora), split)
         return Role(adapter, head, None, depth, pooling)
 
     def network(self, temperature: float = 1.0) -> Network:
