@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, splash
 from rlhf_jax.models.attention import DecodeContext, GroupContext
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.lora import AXES, Adapter, shapes
@@ -69,7 +69,10 @@ class Attention(nn.Module):
             cache, out = _decode(q, k, v, cache, layer, context)
             made = None
         else:
-            out = attention.group_attention(q, k, v, context)
+            if c.attention == "plain" or not splash.can_carry(context):
+                out = attention.group_attention(q, k, v, context)
+            else:
+                out = splash.group_attention(q, k, v, context, interpret=c.attention == "interpreted")
             # Only a prefill keeps these; elsewhere they are dead and the compiler drops them.
             made = tuple(y.swapaxes(1, 2) for y in (k, v))
         return project["o"](out, layer["adapter"]), cache, made

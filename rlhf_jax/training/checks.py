@@ -45,6 +45,7 @@ CHOICES = {
     "pooling": ("last", "mean"),
     "reference": ("base", "cached"),
     "remat": ("none", "dots", "full"),
+    "attention": ("auto", "plain", "splash"),
     "prompt_overflow": ("truncate_left", "error", "drop"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "float16"),
@@ -93,6 +94,7 @@ def check_config(config, known_stages) -> None:
             _check_stage(name, config[name])
             if ALGORITHMS[name].online:
                 _check_rollouts(name, config)
+    _check_attention(config)
     if "preferences" in config.stages and config.preferences.ranking_size < 2:
         raise InputError(
             f"config.preferences.ranking_size is {config.preferences.ranking_size}; expected 2 or more completions."
@@ -147,6 +149,15 @@ def _check_values(where, section):
             raise InputError(f"{key} is {value!r}; expected 0 or more.")
         elif name in FRACTION and not 0 <= value <= 1:
             raise InputError(f"{key} is {value!r}; expected a number between 0 and 1.")
+
+
+def _check_attention(config):
+    for name in config.stages:
+        if config.model.attention == "splash" and name in ALGORITHMS and ALGORITHMS[name].linearises:
+            raise InputError(
+                f"config.model.attention is 'splash', whose kernels cannot be differentiated forwards, "
+                f"as config.{name} needs; expected plain or auto."
+            )
 
 
 def _check_stage(name, section):

@@ -15,8 +15,8 @@ from rlhf_jax.checkpoints import roles as role_files
 from rlhf_jax.data import batching, formats, sources, tiny_corpus
 from rlhf_jax.data.tokenization import load_tokenizer
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import lora, roles
-from rlhf_jax.models.llama import Llama, LlamaConfig
+from rlhf_jax.models import lora, roles, splash
+from rlhf_jax.models.llama import Llama
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.parallel import sharding
@@ -110,8 +110,16 @@ class Run:
     @functools.cached_property
     def model(self) -> Llama:
         config, section = self._loaded[0], self.config.model
-        fields = dict(vars(config)) | {"dtype": jnp.dtype(section.dtype), "remat": section.remat}
-        return Llama(LlamaConfig(**fields))
+        fields = {"dtype": jnp.dtype(section.dtype), "remat": section.remat, "attention": self.attention}
+        return Llama(dataclasses.replace(config, **fields))
+
+    @property
+    def attention(self) -> str:
+        """The form of LlamaConfig.attention that the config asks for on this run's devices."""
+        rows = (ALGORITHMS[name] for name in self.config.stages if name in ALGORITHMS)
+        if self.config.model.attention == "auto" and any(row.linearises for row in rows):
+            return "plain"
+        return splash.choose(self.config.model.attention, self.mesh.devices.flat[0].platform)
 
     @property
     def raw_base(self) -> dict:
