@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import attention, splash
+from rlhf_jax.models import attention, quantise, splash
 from rlhf_jax.models.attention import DecodeContext, GroupContext
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.lora import AXES, Adapter, shapes
@@ -29,7 +29,8 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """x W (+ b) (+ x A B): one named linear map of the layer, its adapter beside it."""
+    """x W (+ b) (+ x A B): one named linear map of the layer, its adapter beside it. W is what the weights given hold:
+    a kernel, or codes and scales of one (quantise.py)."""
 
     config: LlamaConfig
     target: str
@@ -42,7 +43,11 @@ class Projection(nn.Module):
         init = nn.with_logical_partitioning(
             nn.initializers.normal(self.config.initializer_range), names_in + names_out
         )
-        y = contract(x, self.param("kernel", init, inputs + outputs), len(inputs))
+        if self.has_variable("params", "codes"):
+            held = {name: self.get_variable("params", name) for name in ("codes", "scales")}
+            y = _contract_quantised(x, held, len(inputs))
+        else:
+            y = contract(x, self.param("kernel", init, inputs + outputs), len(inputs))
         if self.bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, names_out)
             y = y + over_last(self.param("bias", init, outputs), y)
@@ -250,3 +255,10 @@ def contract(x, kernel, n):
     """The last n axes of x with the first n of the kernel, in x's dtype."""
     kernel = kernel.astype(x.dtype)
     return jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
+
+
+def _contract_quantised(x, held, n):
+    """`contract` with the kernel that codes and scales stand for. The backward pass makes the kernel again: kept, those
+    of all layers together would be the weights that were to be saved."""
+    back = lambda x, held: contract(x, quantise.dequantise(held, n, x.dtype), n)
+    return jax.checkpoint(back, prevent_cse=False)(x, held)

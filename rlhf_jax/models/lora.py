@@ -132,13 +132,23 @@ def delta(factors: dict, scale: float):
     return scale * flat.reshape(*a.shape[:-1], *b.shape[2:])
 
 
+def added(kernel, factors: dict, scale: float):
+    """The kernels [L, *in, *out] with scale * A B added in float32, in the dtype they have."""
+    return (kernel.astype(jnp.float32) + delta(factors, scale)).astype(kernel.dtype)
+
+
 def merge(params: dict, adapter: Adapter, lora_config: LoraConfig) -> dict:
     """The base with the adapter added into its kernels; each kernel keeps its dtype. `params` is left as it is."""
     layers = params["layers"]
     merged = {"attention": dict(layers["attention"]), "mlp": dict(layers["mlp"])}
     for name, factors in adapter.weights.items():
         room = merged["attention" if name in ATTENTION else "mlp"]
-        kernel = room[name]["kernel"]
-        total = kernel.astype(jnp.float32) + delta(factors, lora_config.scale_of(name))
-        room[name] = {**room[name], "kernel": total.astype(kernel.dtype)}
+        if "kernel" not in room[name]:
+            raise InputError(
+                "An adapter cannot be merged into a quantised base; merge it into the weights it was quantised from."
+            )
+        room[name] = {
+            **room[name],
+            "kernel": added(room[name]["kernel"], factors, lora_config.scale_of(name)),
+        }
     return {**params, "layers": {**layers, **merged}}

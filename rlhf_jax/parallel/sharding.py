@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import heads, lora
+from rlhf_jax.models import heads, lora, quantise
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.models.roles import Role
@@ -23,6 +23,9 @@ RULES = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
+    ("embed_blocks", "fsdp"),  # of 64 weights with one scale (models/quantise.py)
+    ("mlp_blocks", "tensor"),
+    ("head_size_blocks", None),
     ("vocab", "tensor"),
     ("width", None),  # of activations
     ("tokens", None),
@@ -33,11 +36,15 @@ RULES = (
 )
 
 
+# Kept whole where their mesh axes do not divide them: a copy of few heads, as every grouped-query model needs, or of
+# few numbers.
+MAY_BE_WHOLE = ("kv_heads", "embed_blocks", "mlp_blocks")
+
+
 def spec(names, shape, mesh: Mesh, where: str = "") -> PartitionSpec:
     """The partition of an array whose axes have these logical names.
 
-    Raises: InputError for a name without a rule, or a size that its mesh axes do not divide. Key/value heads fewer
-      than the tensor axis are replicated instead, as every grouped-query model needs.
+    Raises: InputError for a name without a rule, or a size that its mesh axes do not divide, but for MAY_BE_WHOLE.
     """
     table, parts = dict(RULES), []
     for name, size in zip(names, shape, strict=True):
@@ -46,7 +53,7 @@ def spec(names, shape, mesh: Mesh, where: str = "") -> PartitionSpec:
         axes = table.get(name)
         ways = math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
         if size % ways:
-            if name != "kv_heads":
+            if name not in MAY_BE_WHOLE:
                 raise InputError(
                     f"{where}: axis {name!r} of size {size} cannot be split {ways} ways over {axes}."
                 )
@@ -64,9 +71,11 @@ def named(names_tree, shapes_tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, names_tree, shapes_tree, is_leaf=_is_names)
 
 
-def llama_abstract(config: LlamaConfig, dtype=jnp.float32):
-    """(shapes, logical names) of the base's parameters, nothing allocated."""
-    return module_abstract(Llama(config), num_inputs=2, dtype=dtype)
+def llama_abstract(config: LlamaConfig, dtype=jnp.float32, quantised: str = "none"):
+    """(shapes, logical names) of the base's parameters, nothing allocated. quantised: one of quantise.KINDS."""
+    shapes, names = module_abstract(Llama(config), num_inputs=2, dtype=dtype)
+    names = quantise.logical_axes(names, config, quantised)
+    return jax.eval_shape(lambda params: quantise.quantise(params, config, quantised), shapes), names
 
 
 def module_abstract(module: nn.Module, num_inputs: int, dtype=jnp.float32):
@@ -79,9 +88,9 @@ def module_abstract(module: nn.Module, num_inputs: int, dtype=jnp.float32):
     return shapes, names
 
 
-def llama_shardings(config: LlamaConfig, mesh: Mesh):
-    """NamedShardings of the base's parameters."""
-    shapes, names = llama_abstract(config)
+def llama_shardings(config: LlamaConfig, mesh: Mesh, quantised: str = "none"):
+    """NamedShardings of the base's parameters. Codes and scales are split as the kernels they stand for."""
+    shapes, names = llama_abstract(config, quantised=quantised)
     return named(names, shapes, mesh)
 
 
