@@ -165,7 +165,7 @@ def two_steps(name, model, base, mesh):
     row, trained = ALGORITHMS[name], {"policy": Role(noisy_adapter(model.config))}
     if name == "ppo":
         trained["value"] = Role(head=heads.init_value(model.config.hidden_size))
-    optimizer = optax.sgd(3e-3)
+    optimizer = optax.sgd(3e-4)
     update = jax.jit(
         make_update(functools.partial(row.objective, row.settings(), Network(model, 0)), optimizer)
     )
