@@ -4,6 +4,7 @@ Params: embed/embedding [V, D]; layers/{attention_norm,mlp_norm}/scale [L, D]; l
 layers/mlp/{gate,up,down}_proj kernels [L, *in, *out] (and biases [L, *out]); final_norm/scale [D]; lm_head/kernel
 [D, V] unless tied. Touvron et al. 2023, arXiv:2307.09288. Logical axis names only; knows no mesh, loss or file."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -25,7 +26,8 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return over_last(scale, x) * wide.astype(x.dtype)
+        # The product is rounded once, and the scale's gradient is a sum over tokens in float32.
+        return (over_last(scale, wide) * wide).astype(x.dtype)
 
 
 class Projection(nn.Module):
@@ -50,14 +52,15 @@ class Projection(nn.Module):
             y = contract(x, self.param("kernel", init, inputs + outputs), len(inputs))
         if self.bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, names_out)
-            y = y + over_last(self.param("bias", init, outputs), y)
+            wide = y.astype(jnp.float32)  # so that the bias's gradient is summed over tokens in float32
+            y = (wide + over_last(self.param("bias", init, outputs), wide)).astype(y.dtype)
         if adapter is not None and self.target in adapter:
-            a, b = adapter[self.target]["a"].astype(x.dtype), adapter[self.target]["b"].astype(x.dtype)
+            a, b = adapter[self.target]["a"], adapter[self.target]["b"]
             lead = x.shape[: x.ndim - len(inputs)]
             low = _low_rank(
                 x.reshape(-1, math.prod(inputs)), a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
             )
-            y = y + low.reshape(*lead, *outputs)
+            y = (y + low.reshape(*lead, *outputs)).astype(x.dtype)
         return y
 
 
@@ -145,10 +148,13 @@ class Llama(nn.Module):
             init = nn.with_logical_partitioning(
                 nn.initializers.normal(c.initializer_range), ("embed", "vocab")
             )
-            self.lm_head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=init, dtype=c.dtype)
+            wide = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+            self.lm_head = nn.Dense(
+                c.vocab_size, use_bias=False, kernel_init=init, dtype=c.dtype, dot_general=wide
+            )
 
     def __call__(self, token_ids, attention_mask, adapters: Adapter | None = None):
-        return self.logits(self.hidden(token_ids, attention_mask, adapters)).astype(jnp.float32)
+        return self.logits(self.hidden(token_ids, attention_mask, adapters))
 
     def hidden(self, token_ids, attention_mask, adapters=None):
         """[B, T, D] after the final norm."""
@@ -188,10 +194,16 @@ class Llama(nn.Module):
         )
 
     def logits(self, hidden):
-        return self.embed.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+        """[..., V] float32: rounded to bfloat16, a sampler's log-probabilities would not be those trained on."""
+        if not self.config.tie_embeddings:
+            return self.lm_head(hidden)
+        columns = self.embed.embedding.astype(hidden.dtype).T
+        return jnp.dot(hidden, columns, preferred_element_type=jnp.float32)
 
     def _run(self, ids, positions, context, adapters, cache=None, prompt_cache=None):
-        x = nn.with_logical_constraint(self.embed(ids), ("batch", "tokens", "width"))
+        # Looked up before the cast, not after: then what a token's row gets from all its places is summed in float32.
+        x = jnp.take(self.embed.embedding, ids, axis=0).astype(self.config.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "tokens", "width"))
         layer = {
             "adapter": None if adapters is None else adapters.scaled(),
             "prompt_cache": prompt_cache,
@@ -203,9 +215,12 @@ class Llama(nn.Module):
 
 
 def _low_rank(x, a, b):
-    """x A B for x [N, I], A [I, r], B [r, O]. Contracting A's second axis once transposed makes its gradient come out
-    as [r, I]: on CPU that is up to eight times faster than as [I, r], and the result is the same."""
-    return jnp.einsum("ni,ri->nr", x, a.T) @ b
+    """x A B in float32 for x [N, I], A [I, r], B [r, O]; so their gradients, sums over tokens and devices, are never
+    rounded to x's dtype. On a TPU the products themselves are of bfloat16 all the same.
+
+    Contracting A's second axis once transposed makes its gradient come out as [r, I]: on CPU that is up to eight times
+    faster than as [I, r], and the result is the same."""
+    return jnp.einsum("ni,ri->nr", x.astype(jnp.float32), a.T) @ b
 
 
 def unembedding(params: dict) -> jax.Array:

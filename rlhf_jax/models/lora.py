@@ -128,7 +128,12 @@ def logical_axes(adapter: Adapter) -> Adapter:
 def delta(factors: dict, scale: float):
     """scale * A B [L, *in, *out] in float32."""
     a, b = factors["a"].astype(jnp.float32), factors["b"].astype(jnp.float32)
-    flat = jnp.einsum("lir,lro->lio", a.reshape(a.shape[0], -1, a.shape[-1]), b.reshape(*b.shape[:2], -1))
+    flat = jnp.einsum(
+        "lir,lro->lio",
+        a.reshape(a.shape[0], -1, a.shape[-1]),
+        b.reshape(*b.shape[:2], -1),
+        precision=jax.lax.Precision.HIGHEST,  # a TPU would round the factors to bfloat16
+    )
     return scale * flat.reshape(*a.shape[:-1], *b.shape[2:])
 
 
