@@ -66,30 +66,20 @@ def quantise(params: dict, config: LlamaConfig, kind: str) -> dict:
     """The whole base, one layer at a time. `params` is left as it is."""
     if kind == "none":
         return params
-    one = lambda num_inputs: (
-        lambda stacked: jax.lax.map(lambda x: quantise_kernel(x, num_inputs, kind), stacked)
-    )
-    return _each(params, config, lambda kernel, inputs: one(len(inputs))(kernel))
+    change = lambda kernels, inputs: jax.lax.map(lambda x: quantise_kernel(x, len(inputs), kind), kernels)
+    return _each(params, config, change)
 
 
 def logical_axes(names: dict, config: LlamaConfig, kind: str) -> dict:
     """A tree of logical names of the base's arrays, with those of codes and scales in the place of the kernels'."""
 
     def one(kernel, inputs):
-        layer, lead, blocked, outputs = (
-            kernel[0],
-            kernel[1 : len(inputs)],
-            kernel[len(inputs)],
-            kernel[1 + len(inputs) :],
-        )
-        scales = outputs if kind == "int8" else (*lead, f"{blocked}_blocks", *outputs)
-        return {"codes": kernel, "scales": (layer, *scales)}
+        blocked = len(inputs)  # the last of the input axes; the first of all is that of the layers
+        lead, outputs = kernel[1:blocked], kernel[blocked + 1 :]
+        scales = outputs if kind == "int8" else (*lead, f"{kernel[blocked]}_blocks", *outputs)
+        return {"codes": kernel, "scales": (kernel[0], *scales)}
 
     return names if kind == "none" else _each(names, config, one)
-
-
-def is_quantised(projection: dict) -> bool:
-    return "codes" in projection
 
 
 def _each(tree, config, change):

@@ -74,10 +74,9 @@ def group_attention(q_BSHC, k_BSKC, v_BSKC, context, interpret: bool = False):
         rows, _, heads, _ = _mesh_axes(mesh)
         rows = rows if B % _ways(mesh, rows) == 0 else None
         heads = heads if H % _ways(mesh, heads) == 0 else None
-        if K % _ways(
-            mesh, heads
-        ):  # fewer key heads than devices: each holds a copy of the one that its queries read
-            copies = math.lcm(K, _ways(mesh, heads)) // K
+        # With fewer key heads than devices, each holds a copy of the one that its queries read.
+        copies = math.lcm(K, _ways(mesh, heads)) // K
+        if copies > 1:
             k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
         whole, ids = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None)
         attend = jax.shard_map(

@@ -141,10 +141,8 @@ class Run:
                     f"config.model.quantise is {self.config.model.quantise!r}, and {self.role_path('sft')} holds whole "
                     "weights in the place of an adapter; export them and give them as config.model.path."
                 )
-            self._loaded = (
-                self._loaded[0],
-                None,
-            )  # read again where it is asked for: two do not fit one chip
+            # Two do not fit one chip; the raw one is read again where it is asked for.
+            self._loaded = (self._loaded[0], None)
             return self._load(self.config.model.quantise, role.adapter, settings)[1]
         if role.base is not None:
             return role.base
