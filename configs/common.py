@@ -17,6 +17,11 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         param_dtype="float32",  # of the frozen base
         remat="full",  # what the backward pass recomputes: none, dots (all but matmuls), full (all of a layer)
         vocab_chunk=8192,  # vocabulary entries of logits at a time; 0: all at once
+        # plain, splash (kernels for a TPU that keep no scores in memory), or auto: splash on a TPU, plain elsewhere.
+        attention="auto",
+        # Of the base's projections: none; int8, a scale an output; nf4, 4 bits, a scale for 64 weights. What is trained
+        # is then adapters and heads.
+        quantise="none",
     )
     config.lora = dict(
         rank=16, alpha=32.0, targets="all", rslora=False

@@ -47,7 +47,6 @@ def command(argv):
         return
     stage = tuned_stage(run)
     role, settings, meta = run.load_role(stage)
-    base = run.raw_base if stage == "sft" else run.base
     if role.base is None and not flags.merge:
         peft.save_adapter(
             flags.output, role.adapter, settings, base_model_name=base_directory(run, flags.output)
@@ -55,7 +54,9 @@ def command(argv):
         tell_suffix(flags.output, meta, console)
         console.note(f"adapter of stage {stage} written to {flags.output}")
         return
-    weights = role.base if role.base is not None else lora.merge(base, role.adapter, settings)
+    weights = role.base
+    if weights is None:
+        weights = lora.merge(run.unquantised(before_sft=stage == "sft"), role.adapter, settings)
     huggingface.save_llama(flags.output, run.model.config, weights, run.tokenizer.tokenizer)
     tell_suffix(flags.output, meta, console)
     console.note(f"weights of stage {stage} written to {flags.output}")
@@ -76,7 +77,7 @@ def export_reward_model(run, output: str) -> str:
         shutil.copytree(path, output, dirs_exist_ok=True)
         return kind
     role, settings, _ = run.load_role("reward_model")
-    weights = role.params(run.base)
+    weights = run.unquantised() if role.base is None else role.base
     if role.depth is not None:
         weights = weights | {"layers": jax.tree.map(lambda x: x[: role.depth], weights["layers"])}
     if role.adapter is not None:
@@ -110,7 +111,7 @@ def base_directory(run, output: str) -> str:
 
     directory = os.path.join(output, "base")
     shutil.rmtree(directory, ignore_errors=True)
-    huggingface.save_llama(directory, run.model.config, run.base, run.tokenizer.tokenizer)
+    huggingface.save_llama(directory, run.model.config, run.unquantised(), run.tokenizer.tokenizer)
     return directory
 
 

@@ -74,7 +74,7 @@ def resolve(path: str) -> str:
 
 
 def load_llama(
-    path: str, dtype=jnp.float32, mesh=None, *, shardings: dict | None = None
+    path: str, dtype=jnp.float32, mesh=None, *, shardings: dict | None = None, finish=None
 ) -> tuple[LlamaConfig, dict]:
     """(config, params in `dtype`) of a Llama-family checkpoint.
 
@@ -82,6 +82,7 @@ def load_llama(
       path: directory, hub id or short name, as `resolve` takes it.
       mesh: place the arrays on it by the rules of parallel/sharding.py; each process reads what its devices hold.
       shardings: the tree of shardings itself, instead of a mesh.
+      finish: what becomes of each array as soon as it is there; see tensors.gather.
     Returns: params as models/llama.py lays them out. Host memory peaks at the result plus one small array.
     Raises: InputError naming the file; wrong tensors are listed all together.
     """
@@ -101,7 +102,8 @@ def load_llama(
     tensors.check(found, leaves, directory, hint)
     if shardings is None and mesh is not None:
         shardings = llama_shardings(config, mesh)
-    return config, tensors.gather(leaves, lambda name, slices: found[name].read(slices), dtype, shardings)
+    read = lambda name, slices: found[name].read(slices)
+    return config, tensors.gather(leaves, read, dtype, shardings, finish)
 
 
 def save_llama(

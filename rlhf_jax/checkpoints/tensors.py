@@ -144,13 +144,16 @@ def check(found: dict[str, Stored], leaves: Iterable[Leaf], where: str, hint: st
         raise InputError(f"{where}: {len(problems)} tensors are not as the config says. {hint}\n  {listed}")
 
 
-def gather(leaves: list[Leaf], read: Callable, dtype, shardings: dict | None = None) -> dict:
+def gather(
+    leaves: list[Leaf], read: Callable, dtype, shardings: dict | None = None, finish: Callable | None = None
+) -> dict:
     """The tree of arrays. The largest come first, so that the copy to the device never doubles the whole.
 
     Args:
       read: (stored name, slices of it) -> numpy array.
       shardings: a tree like the result with a jax.sharding.Sharding for each array; None puts all on one device.
         Each stored tensor is then cut for the devices of this process only.
+      finish: (path, array) -> {name: array} that stands in its place, before the next is read.
     """
     dtype = jnp.dtype(dtype)
     tree = {}
@@ -158,7 +161,10 @@ def gather(leaves: list[Leaf], read: Callable, dtype, shardings: dict | None = N
         sharding = shardings
         for key in leaf.path if shardings is not None else ():
             sharding = sharding[key]
-        _put(tree, leaf.path, _make(leaf, read, dtype, sharding))
+        made = _make(leaf, read, dtype, sharding)
+        parts = {leaf.path[-1]: made} if finish is None else finish(leaf.path, made)
+        for name, part in parts.items():
+            _put(tree, (*leaf.path[:-1], name), part)
     return tree
 
 

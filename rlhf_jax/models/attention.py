@@ -68,7 +68,7 @@ def group_attention(q_BSHC, k_BSKC, v_BSKC, context: GroupContext):
     q_prompt, k_prompt, v_prompt = q[:, :P], k_BSKC[:, :P], v_BSKC[:, :P]
     readable = context.prompt_mask[:, None, None, None, :] > 0
     allowed = readable & jnp.tri(P, dtype=bool)[None, None, None]
-    scores = _scores("btkmc,bskc->bkmts", q_prompt, k_prompt)
+    scores = _wide("btkmc,bskc->bkmts", q_prompt, k_prompt)
     prompt = jnp.einsum("bkmts,bskc->btkmc", _softmax(scores, allowed, q.dtype), v_prompt)
     prompt = prompt.reshape(B, P, -1, C)
     if context.completion_mask is None:
@@ -77,7 +77,7 @@ def group_attention(q_BSHC, k_BSKC, v_BSKC, context: GroupContext):
     q_own = q[:, P:].reshape(B, G, R, K, M, C)
     k_own, v_own = (x[:, P:].reshape(B, G, R, K, C) for x in (k_BSKC, v_BSKC))
     scores = jnp.concatenate(
-        [_scores("bgrkmc,bpkc->bgkmrp", q_own, k_prompt), _scores("bgrkmc,bgskc->bgkmrs", q_own, k_own)], -1
+        [_wide("bgrkmc,bpkc->bgkmrp", q_own, k_prompt), _wide("bgrkmc,bgskc->bgkmrs", q_own, k_own)], -1
     )
     if context.segments is None:
         own = context.completion_mask[:, :, None, None, None, :] > 0
@@ -92,9 +92,9 @@ def group_attention(q_BSHC, k_BSKC, v_BSKC, context: GroupContext):
         -1,
     )
     share = _softmax(scores, allowed, q.dtype)
-    own = jnp.einsum("bgkmrp,bpkc->bgrkmc", share[..., :P], v_prompt)
-    own = own + jnp.einsum("bgkmrs,bgskc->bgrkmc", share[..., P:], v_own)
-    return jnp.concatenate([prompt, own.reshape(B, G * R, K * M, C)], axis=1)
+    own = _wide("bgkmrp,bpkc->bgrkmc", share[..., :P], v_prompt)
+    own = own + _wide("bgkmrs,bgskc->bgrkmc", share[..., P:], v_own)
+    return jnp.concatenate([prompt, own.astype(q.dtype).reshape(B, G * R, K * M, C)], axis=1)
 
 
 def decode_attention(q_BGHC, prompt_keys, prompt_values, own_keys, own_values, context: DecodeContext):
@@ -104,19 +104,20 @@ def decode_attention(q_BGHC, prompt_keys, prompt_values, own_keys, own_values, c
     R = own_keys.shape[3]
     q = (q_BGHC * C**-0.5).reshape(B, G, K, -1, C)
     scores = jnp.concatenate(
-        [_scores("bgkmc,bkpc->bgkmp", q, prompt_keys), _scores("bgkmc,bgkrc->bgkmr", q, own_keys)], -1
+        [_wide("bgkmc,bkpc->bgkmp", q, prompt_keys), _wide("bgkmc,bgkrc->bgkmr", q, own_keys)], -1
     )
     allowed = jnp.concatenate(
         [context.prompt_mask > 0, jnp.broadcast_to(jnp.arange(R) <= context.step, (B, R))], -1
     )[:, None, None, None, :]
     share = _softmax(scores, allowed, q.dtype)
-    out = jnp.einsum("bgkmp,bkpc->bgkmc", share[..., :P], prompt_values)
-    out = out + jnp.einsum("bgkmr,bgkrc->bgkmc", share[..., P:], own_values)
-    return out.reshape(B, G, -1, C)
+    out = _wide("bgkmp,bkpc->bgkmc", share[..., :P], prompt_values)
+    out = out + _wide("bgkmr,bgkrc->bgkmc", share[..., P:], own_values)
+    return out.astype(q.dtype).reshape(B, G, -1, C)
 
 
-def _scores(spec, q, k):
-    return jnp.einsum(spec, q, k, preferred_element_type=jnp.float32)
+def _wide(spec, x, y):
+    """einsum whose sums are kept in float32."""
+    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
 def _softmax(scores, allowed, dtype):

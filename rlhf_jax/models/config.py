@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from rlhf_jax.errors import InputError
 
 REMAT_POLICIES = ("none", "dots", "full")
+ATTENTION_FORMS = ("plain", "splash", "interpreted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class LlamaConfig:
     dtype: Any = jnp.float32  # of the computation; reductions (norms, softmax) stay float32
     # What the backward pass recomputes: none, dots (all but matmuls), full (all of a layer).
     remat: str = "none"
+    # Of groups: plain (attention.py), splash (the TPU's kernels, splash.py), interpreted (these on a CPU, for tests).
+    attention: str = "plain"
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -60,6 +63,10 @@ class LlamaConfig:
             raise InputError(f"head_dim is {self.head_dim}; rotary positions need an even number.")
         if self.remat not in REMAT_POLICIES:
             raise InputError(f"remat is {self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}.")
+        if self.attention not in ATTENTION_FORMS:
+            raise InputError(
+                f"attention is {self.attention!r}; expected one of {', '.join(ATTENTION_FORMS)}."
+            )
 
     @classmethod
     def from_huggingface(cls, path_or_dict, **overrides) -> "LlamaConfig":

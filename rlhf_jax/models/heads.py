@@ -2,6 +2,8 @@
 
 Knows the width of the decoder and nothing else."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -23,9 +25,10 @@ def init_value(width: int) -> dict:
 
 def apply(head: dict, hidden) -> jax.Array:
     """[..., D] -> [...] float32, reward units; with a kernel [D, K] -> [..., K]."""
+    exact = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # a TPU would round the kernel
     if head["kernel"].ndim == 1:
-        return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
-    found = jnp.einsum("...d,dk->...k", hidden.astype(jnp.float32), head["kernel"])
+        return exact("...d,d->...", hidden.astype(jnp.float32), head["kernel"]) + head["bias"]
+    found = exact("...d,dk->...k", hidden.astype(jnp.float32), head["kernel"])
     return found + jnp.broadcast_to(head["bias"], found.shape)
 
 

@@ -4,13 +4,14 @@ Params: embed/embedding [V, D]; layers/{attention_norm,mlp_norm}/scale [L, D]; l
 layers/mlp/{gate,up,down}_proj kernels [L, *in, *out] (and biases [L, *out]); final_norm/scale [D]; lm_head/kernel
 [D, V] unless tied. Touvron et al. 2023, arXiv:2307.09288. Logical axis names only; knows no mesh, loss or file."""
 
+import functools
 import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import attention, placement
+from rlhf_jax.models import attention, placement, quantise, splash
 from rlhf_jax.models.attention import DecodeContext, GroupContext
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.lora import AXES, Adapter, shapes
@@ -28,11 +29,13 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", init, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return over_last(scale, x) * wide.astype(x.dtype)
+        # The product is rounded once, and the scale's gradient is a sum over tokens in float32.
+        return (over_last(scale, wide) * wide).astype(x.dtype)
 
 
 class Projection(nn.Module):
-    """x W (+ b) (+ x A B): one named linear map of the layer, its adapter beside it."""
+    """x W (+ b) (+ x A B): one named linear map of the layer, its adapter beside it. W is what the weights given hold:
+    a kernel, or codes and scales of one (quantise.py)."""
 
     config: LlamaConfig
     target: str
@@ -45,19 +48,24 @@ class Projection(nn.Module):
         init = nn.with_logical_partitioning(
             nn.initializers.normal(self.config.initializer_range), names_in + names_out
         )
-        kernel = self.param("kernel", init, inputs + outputs).astype(x.dtype)  # before it is gathered
-        y = contract(x, placement.used(kernel, *names_in, *names_out), len(inputs))
+        if self.has_variable("params", "codes"):
+            held = {name: self.get_variable("params", name) for name in ("codes", "scales")}
+            y = _contract_quantised(x, placement.used_codes(held, names_in, names_out), len(inputs))
+        else:
+            kernel = self.param("kernel", init, inputs + outputs).astype(x.dtype)  # before it is gathered
+            y = contract(x, placement.used(kernel, *names_in, *names_out), len(inputs))
         if self.bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, names_out)
-            y = y + over_last(self.param("bias", init, outputs), y)
+            wide = y.astype(jnp.float32)  # so that the bias's gradient is summed over tokens in float32
+            y = (wide + over_last(self.param("bias", init, outputs), wide)).astype(y.dtype)
         if adapter is not None and self.target in adapter:
-            a, b = (adapter[self.target][side].astype(x.dtype) for side in "ab")
+            a, b = adapter[self.target]["a"], adapter[self.target]["b"]
             a, b = placement.used(a, *names_in, "rank"), placement.used(b, "rank", *names_out)
             lead = x.shape[: x.ndim - len(inputs)]
             low = _low_rank(
                 x.reshape(-1, math.prod(inputs)), a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
             )
-            y = y + low.reshape(*lead, *outputs)
+            y = (y + low.reshape(*lead, *outputs)).astype(x.dtype)
         return placement.activation(y, *names_out)
 
 
@@ -75,7 +83,10 @@ class Attention(nn.Module):
             cache, out = _decode(q, k, v, cache, layer, context)
             made = None
         else:
-            out = attention.group_attention(q, k, v, context)
+            if c.attention == "plain" or not splash.can_carry(context):
+                out = attention.group_attention(q, k, v, context)
+            else:
+                out = splash.group_attention(q, k, v, context, interpret=c.attention == "interpreted")
             # Only a prefill keeps these; elsewhere they are dead and the compiler drops them.
             made = tuple(y.swapaxes(1, 2) for y in (k, v))
         out = placement.activation(placement.constrain(out, *HEADS), "heads", "head_size")
@@ -144,10 +155,13 @@ class Llama(nn.Module):
             init = nn.with_logical_partitioning(
                 nn.initializers.normal(c.initializer_range), ("embed", "vocab")
             )
-            self.lm_head = nn.Dense(c.vocab_size, use_bias=False, kernel_init=init, dtype=c.dtype)
+            wide = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+            self.lm_head = nn.Dense(
+                c.vocab_size, use_bias=False, kernel_init=init, dtype=c.dtype, dot_general=wide
+            )
 
     def __call__(self, token_ids, attention_mask, adapters: Adapter | None = None):
-        return self.logits(self.hidden(token_ids, attention_mask, adapters)).astype(jnp.float32)
+        return self.logits(self.hidden(token_ids, attention_mask, adapters))
 
     def hidden(self, token_ids, attention_mask, adapters=None):
         """[B, T, D] after the final norm."""
@@ -187,11 +201,16 @@ class Llama(nn.Module):
         )
 
     def logits(self, hidden):
-        logits = self.embed.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+        """[..., V] float32: rounded to bfloat16, a sampler's log-probabilities would not be those trained on."""
+        if self.config.tie_embeddings:
+            columns = self.embed.embedding.astype(hidden.dtype).T
+            logits = jnp.dot(hidden, columns, preferred_element_type=jnp.float32)
+        else:
+            logits = self.lm_head(hidden)
         return placement.constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab")
 
     def _run(self, ids, positions, context, adapters, cache=None, prompt_cache=None):
-        x = placement.embedded(self.embed, ids)
+        x = placement.embedded(self.embed.embedding, ids, self.config.dtype)
         layer = {
             "adapter": None if adapters is None else adapters.scaled(),
             "prompt_cache": prompt_cache,
@@ -203,9 +222,12 @@ class Llama(nn.Module):
 
 
 def _low_rank(x, a, b):
-    """x A B for x [N, I], A [I, r], B [r, O]. Contracting A's second axis once transposed makes its gradient come out
-    as [r, I]: on CPU that is up to eight times faster than as [I, r], and the result is the same."""
-    return jnp.einsum("ni,ri->nr", x, a.T) @ b
+    """x A B in float32 for x [N, I], A [I, r], B [r, O]; so their gradients, sums over tokens and devices, are never
+    rounded to x's dtype. On a TPU the products themselves are of bfloat16 all the same.
+
+    Contracting A's second axis once transposed makes its gradient come out as [r, I]: on CPU that is up to eight times
+    faster than as [I, r], and the result is the same."""
+    return jnp.einsum("ni,ri->nr", x.astype(jnp.float32), a.T) @ b
 
 
 def unembedding(params: dict) -> jax.Array:
@@ -256,3 +278,10 @@ def contract(x, kernel, n):
     """The last n axes of x with the first n of the kernel, in x's dtype."""
     kernel = kernel.astype(x.dtype)
     return jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
+
+
+def _contract_quantised(x, held, n):
+    """`contract` with the kernel that codes and scales stand for. The backward pass makes the kernel again: kept, those
+    of all layers together would be the weights that were to be saved."""
+    back = lambda x, held: contract(x, quantise.dequantise(held, n, x.dtype), n)
+    return jax.checkpoint(back, prevent_cse=False)(x, held)

@@ -145,8 +145,18 @@ def _named(adapter, of):
 def delta(factors: dict, scale: float):
     """scale * A B [L, *in, *out] in float32."""
     a, b = factors["a"].astype(jnp.float32), factors["b"].astype(jnp.float32)
-    flat = jnp.einsum("lir,lro->lio", a.reshape(a.shape[0], -1, a.shape[-1]), b.reshape(*b.shape[:2], -1))
+    flat = jnp.einsum(
+        "lir,lro->lio",
+        a.reshape(a.shape[0], -1, a.shape[-1]),
+        b.reshape(*b.shape[:2], -1),
+        precision=jax.lax.Precision.HIGHEST,  # a TPU would round the factors to bfloat16
+    )
     return scale * flat.reshape(*a.shape[:-1], *b.shape[2:])
+
+
+def added(kernel, factors: dict, scale: float):
+    """The kernels [L, *in, *out] with scale * A B added in float32, in the dtype they have."""
+    return (kernel.astype(jnp.float32) + delta(factors, scale)).astype(kernel.dtype)
 
 
 def merge(params: dict, adapter: Adapter, lora_config: LoraConfig) -> dict:
@@ -155,7 +165,12 @@ def merge(params: dict, adapter: Adapter, lora_config: LoraConfig) -> dict:
     merged = {"attention": dict(layers["attention"]), "mlp": dict(layers["mlp"])}
     for name, factors in adapter.weights.items():
         room = merged["attention" if name in ATTENTION else "mlp"]
-        kernel = room[name]["kernel"]
-        total = kernel.astype(jnp.float32) + delta(factors, lora_config.scale_of(name))
-        room[name] = {**room[name], "kernel": total.astype(kernel.dtype)}
+        if "kernel" not in room[name]:
+            raise InputError(
+                "An adapter cannot be merged into a quantised base; merge it into the weights it was quantised from."
+            )
+        room[name] = {
+            **room[name],
+            "kernel": added(room[name]["kernel"], factors, lora_config.scale_of(name)),
+        }
     return {**params, "layers": {**layers, **merged}}

@@ -34,13 +34,25 @@ def activation(y, *names):
     return constrain(y, "rows", "tokens", *(_ACTIVE.get(name, name) for name in names))
 
 
-def embedded(embed: nn.Embed, ids):
+def used_codes(held: dict, names_in, names_out) -> dict:
+    """The same of a kernel's codes and scales (models/quantise.py): it is codes that are gathered. Of scales, few, with
+    one entry a block of inputs, all blocks are."""
+    blocked = held["scales"].ndim > len(names_out)
+    inputs = (*names_in[:-1], None) if blocked else ()
+    return {
+        "codes": used(held["codes"], *names_in, *names_out),
+        "scales": used(held["scales"], *inputs, *names_out),
+    }
+
+
+def embedded(table, ids, dtype):
     """[B, T, D] rows of a table [V, D] that is split along both axes.
 
     Each device looks all ids up that its part of D is needed for, and then the rows go to where they belong. Asked
-    for at once, the partitioner would copy the rows of the whole batch to every device.
+    for at once, the partitioner would copy the rows of the whole batch to every device. Looked up before the cast, not
+    after: then what a token's row gets from all its places is summed in the table's own dtype.
     """
-    x = embed(constrain(ids, "lookup", "tokens"))
+    x = jnp.take(table, constrain(ids, "lookup", "tokens"), axis=0).astype(dtype)
     return constrain(constrain(x, "lookup", "tokens", "embed"), "rows", "tokens", "width")
 
 

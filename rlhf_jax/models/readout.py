@@ -69,7 +69,7 @@ def gate_weights(gate: dict, prompt_state, temperature: float) -> jax.Array:
     """[B, D] -> [B, K] float32, positive, each row of sum 1: what an aspect is worth for this prompt."""
     x, last = prompt_state.astype(jnp.float32), (len(gate) - 1) // 2 - 1
     for n in range(last + 1):
-        x = x @ gate[f"kernel_{n}"]
+        x = jnp.matmul(x, gate[f"kernel_{n}"], precision=jax.lax.Precision.HIGHEST)
         x = x + jnp.broadcast_to(gate[f"bias_{n}"], x.shape)
         x = x if n == last else jax.nn.relu(x)
     return jax.nn.softmax(x / temperature)

@@ -121,13 +121,13 @@ class T5(nn.Module):
 
     def encode(self, ids, mask):
         """[B, S, D], to be read by any number of `decode`s."""
-        x = placement.embedded(self.embed, ids)
+        x = placement.embedded(self.embed.embedding, ids, self.embed.dtype)
         return self.encoder(x, mask)
 
     def decode(self, decoder_ids, encoded, mask, decoder_mask=None):
         """[B, T, D] of the decoder, after its final norm. mask: [B, S], of the encoder's tokens."""
         own = jnp.ones_like(decoder_ids) if decoder_mask is None else decoder_mask
-        x = placement.embedded(self.embed, decoder_ids)
+        x = placement.embedded(self.embed.embedding, decoder_ids, self.embed.dtype)
         return self.decoder(x, own, (encoded, mask))
 
     def logits(self, hidden):

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import heads, lora
+from rlhf_jax.models import heads, lora, quantise
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.models.roles import Role
@@ -28,6 +28,9 @@ RULES = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
+    ("embed_blocks", "fsdp"),  # of 64 weights with one scale (models/quantise.py)
+    ("mlp_blocks", "tensor"),
+    ("head_size_blocks", None),
     ("vocab", "tensor"),
     ("width", None),  # of activations
     ("width_of_weights", None),  # when they are used: gathered, layer by layer
@@ -41,7 +44,9 @@ RULES = (
     ("norm", None),
 )
 
-MAY_BE_WHOLE = ("kv_heads", "mlp_of_adapter", "head_size_of_adapter")  # along axes that do not divide them
+# Kept whole along mesh axes that do not divide them: a copy of few heads, as every grouped-query model needs, or of few
+# numbers.
+MAY_BE_WHOLE = ("kv_heads", "mlp_of_adapter", "head_size_of_adapter", "embed_blocks", "mlp_blocks")
 
 # While few rows at a time are decoded, weights stay where they are and the few activations travel instead: the
 # weight-stationary layout in two dimensions of Pope et al. 2022, arXiv:2211.05102. Attention stays split by rows.
@@ -66,8 +71,7 @@ def decoding(config: LlamaConfig, rows: int):
 def spec(names, shape, mesh: Mesh, where: str = "") -> PartitionSpec:
     """The partition of an array whose axes have these logical names.
 
-    Raises: InputError for a name without a rule, or a size that its mesh axes do not divide. Key/value heads fewer
-      than the tensor axis are replicated instead, as every grouped-query model needs, and factors of adapters.
+    Raises: InputError for a name without a rule, or a size that its mesh axes do not divide, but for MAY_BE_WHOLE.
     """
     table, parts = dict(RULES), []
     for name, size in zip(names, shape, strict=True):
@@ -94,9 +98,11 @@ def named(names_tree, shapes_tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, names_tree, shapes_tree, is_leaf=_is_names)
 
 
-def llama_abstract(config: LlamaConfig, dtype=jnp.float32):
-    """(shapes, logical names) of the base's parameters, nothing allocated."""
-    return module_abstract(Llama(config), num_inputs=2, dtype=dtype)
+def llama_abstract(config: LlamaConfig, dtype=jnp.float32, quantised: str = "none"):
+    """(shapes, logical names) of the base's parameters, nothing allocated. quantised: one of quantise.KINDS."""
+    shapes, names = module_abstract(Llama(config), num_inputs=2, dtype=dtype)
+    names = quantise.logical_axes(names, config, quantised)
+    return jax.eval_shape(lambda params: quantise.quantise(params, config, quantised), shapes), names
 
 
 def module_abstract(module: nn.Module, num_inputs: int, dtype=jnp.float32):
@@ -109,9 +115,9 @@ def module_abstract(module: nn.Module, num_inputs: int, dtype=jnp.float32):
     return shapes, names
 
 
-def llama_shardings(config: LlamaConfig, mesh: Mesh):
-    """NamedShardings of the base's parameters."""
-    shapes, names = llama_abstract(config)
+def llama_shardings(config: LlamaConfig, mesh: Mesh, quantised: str = "none"):
+    """NamedShardings of the base's parameters. Codes and scales are split as the kernels they stand for."""
+    shapes, names = llama_abstract(config, quantised=quantised)
     return named(names, shapes, mesh)
 
 

@@ -3,6 +3,7 @@
 Keys and types are the parser's business; here it is what the numbers mean."""
 
 from rlhf_jax.errors import InputError
+from rlhf_jax.models import quantise
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.rewards import rules
 from rlhf_jax.training import labelling, scoring
@@ -45,6 +46,8 @@ CHOICES = {
     "pooling": ("last", "mean"),
     "reference": ("base", "cached"),
     "remat": ("none", "dots", "full"),
+    "attention": ("auto", "plain", "splash"),
+    "quantise": quantise.KINDS,
     "prompt_overflow": ("truncate_left", "error", "drop"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16", "float16"),
@@ -93,6 +96,8 @@ def check_config(config, known_stages) -> None:
             _check_stage(name, config[name])
             if ALGORITHMS[name].online:
                 _check_rollouts(name, config)
+    _check_attention(config)
+    _check_quantised(config)
     if "preferences" in config.stages and config.preferences.ranking_size < 2:
         raise InputError(
             f"config.preferences.ranking_size is {config.preferences.ranking_size}; expected 2 or more completions."
@@ -147,6 +152,39 @@ def _check_values(where, section):
             raise InputError(f"{key} is {value!r}; expected 0 or more.")
         elif name in FRACTION and not 0 <= value <= 1:
             raise InputError(f"{key} is {value!r}; expected a number between 0 and 1.")
+
+
+def _check_attention(config):
+    for name in config.stages:
+        if config.model.attention == "splash" and name in ALGORITHMS and ALGORITHMS[name].linearises:
+            raise InputError(
+                f"config.model.attention is 'splash', whose kernels cannot be differentiated forwards, "
+                f"as config.{name} needs; expected plain or auto."
+            )
+
+
+def _check_quantised(config):
+    """What needs the weights themselves."""
+    kind = config.model.quantise
+    for name in config.stages:
+        if kind == "none" or name not in ALGORITHMS:
+            continue
+        section = config[name]
+        text = name == "reward_model" and section.kind in reward_models.TEXT_KINDS  # weights of its own
+        if section.train == "full" and not text:
+            raise InputError(
+                f"config.{name}.train is 'full', and config.model.quantise {kind!r}: codes cannot be trained. "
+                f"Expected config.{name}.train lora, or config.model.quantise none."
+            )
+        if (
+            "reference_sync_steps" in section
+            and section.reference_sync_steps
+            and section.reference_sync_mix < 1
+        ):
+            raise InputError(
+                f"config.{name}.reference_sync_mix is {section.reference_sync_mix}, and config.model.quantise "
+                f"{kind!r}: quantised weights cannot be mixed. Expected 1, a copy of the policy."
+            )
 
 
 def _check_stage(name, section):

@@ -10,13 +10,13 @@ import os
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.checkpoints import gguf, huggingface, tiny
+from rlhf_jax.checkpoints import gguf, huggingface, quantised, tiny
 from rlhf_jax.checkpoints import roles as role_files
 from rlhf_jax.data import batching, formats, sources, tiny_corpus
 from rlhf_jax.data.tokenization import load_tokenizer
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import lora, roles
-from rlhf_jax.models.llama import Llama, LlamaConfig
+from rlhf_jax.models import lora, roles, splash
+from rlhf_jax.models.llama import Llama
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
@@ -92,10 +92,7 @@ class Run:
 
     @functools.cached_property
     def _loaded(self):
-        section = self.config.model
-        config, params = huggingface.load_llama(
-            self.model_path, dtype=jnp.dtype(section.param_dtype), mesh=self.mesh
-        )
+        config, params = self._load(self.config.model.quantise)
         longest = self.config.data.prompt_tokens + self.config.data.completion_tokens + 1
         if longest > config.max_position:
             raise InputError(
@@ -112,12 +109,26 @@ class Run:
     @functools.cached_property
     def model(self) -> Llama:
         config, section = self._loaded[0], self.config.model
-        fields = dict(vars(config)) | {"dtype": jnp.dtype(section.dtype), "remat": section.remat}
-        return Llama(LlamaConfig(**fields))
+        fields = {"dtype": jnp.dtype(section.dtype), "remat": section.remat, "attention": self.attention}
+        return Llama(dataclasses.replace(config, **fields))
+
+    @property
+    def attention(self) -> str:
+        """The form of LlamaConfig.attention that the config asks for on this run's devices."""
+        rows = (ALGORITHMS[name] for name in self.config.stages if name in ALGORITHMS)
+        if self.config.model.attention == "auto" and any(row.linearises for row in rows):
+            return "plain"
+        return splash.choose(self.config.model.attention, self.mesh.devices.flat[0].platform)
+
+    def _load(self, kind: str, adapter=None, settings=None):
+        dtype = jnp.dtype(self.config.model.param_dtype)
+        return quantised.load_llama(self.model_path, kind, dtype, self.mesh, adapter, settings)
 
     @property
     def raw_base(self) -> dict:
         """The base as loaded."""
+        if self._loaded[1] is None:
+            self._loaded = self._load(self.config.model.quantise)
         return self._loaded[1]
 
     @functools.cached_property
@@ -126,12 +137,36 @@ class Run:
         if not self.has_role("sft"):
             return self.raw_base
         role, settings, _ = self.load_role("sft")
+        if self.config.model.quantise != "none":
+            if role.base is not None:
+                raise InputError(
+                    f"config.model.quantise is {self.config.model.quantise!r}, and {self.role_path('sft')} holds whole "
+                    "weights in the place of an adapter; export them and give them as config.model.path."
+                )
+            # Two do not fit one chip; the raw one is read again where it is asked for.
+            self._loaded = (self._loaded[0], None)
+            return self._load(self.config.model.quantise, role.adapter, settings)[1]
         if role.base is not None:
             return role.base
         with meshes.activate(self.mesh):
             as_loaded = jax.tree.map(lambda x: x.sharding, self.raw_base)
             merge = jax.jit(lora.merge, static_argnums=2, out_shardings=as_loaded)
             return merge(self.raw_base, role.adapter, settings)
+
+    def unquantised(self, before_sft: bool = False) -> dict:
+        """`base` (before_sft: `raw_base`) for weights that leave the run: read again, if the run's are quantised."""
+        if self.config.model.quantise == "none":
+            return self.raw_base if before_sft else self.base
+        _, params = self._load("none")
+        if before_sft or not self.has_role("sft"):
+            return params
+        role, settings, _ = self.load_role("sft")
+        return lora.merge(params, role.adapter, settings)
+
+    @functools.cached_property
+    def base_values(self) -> int:
+        """How many weights the base has, however they are held."""
+        return roles.count(sharding.llama_abstract(self.model.config)[0])
 
     def load_role(self, name: str):
         """(role on the mesh, LoRA settings, meta)."""
@@ -336,7 +371,7 @@ def announce(run: Run, stage: str, trained: dict, what: str, network: str | None
     of_decoder = network is None
     if of_decoder:
         config = run.model.config
-        network = f"{roles.count(run.raw_base) / 1e6:.1f}M base values ({config.num_layers} layers, "
+        network = f"{run.base_values / 1e6:.1f}M base values ({config.num_layers} layers, "
         network += f"width {config.hidden_size})"
     run.console.note(
         f"{stage}: {what}; {network}, {roles.count(trained) / 1e6:.2f}M trained; "

@@ -167,5 +167,6 @@ ROWS = {
         trains=("policy", "value"),
         optimizer=optimizer,
         extras=extras,
+        linearises=True,
     )
 }

@@ -50,6 +50,9 @@ class Algorithm:
     # (settings, network, trained, frozen, batch) -> {name: what that optimizer reads beside the gradient}
     extras: Callable | None = None
     greedy_baseline: bool = False  # `prepare` reads batch.greedy
+    linearises: bool = (
+        False  # the decoder, which then must be differentiable forwards too: plain attention only
+    )
     # (settings, scored batch) -> [B] bool: the groups that teach; settings.max_refills says how often to draw others in
     # the place of the rest. None: all do
     teaches: Callable | None = None
