@@ -212,8 +212,13 @@ def scorer(run, reward):
     """
     if not isinstance(reward, Role):
         return lambda batch, prompts, texts: np.float64(reward.score(prompts, texts()))
-    forward = jax.jit(lambda base, role, batch: learned.score(run.model, base, role, batch, run.eos_ids))
+    forward = make_forward(run)
     return lambda batch, prompts, texts: np.asarray(forward(run.base, reward, run.put(batch)), np.float64)
+
+
+def make_forward(run):
+    """Jitted (base, reward role, batch) -> raw scores [B, G]."""
+    return jax.jit(lambda base, role, batch: learned.score(run.model, base, role, batch, run.eos_ids))
 
 
 def _some(records: list, count: int) -> list:
