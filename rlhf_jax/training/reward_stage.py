@@ -78,7 +78,7 @@ class _Stage:
         self.train, self.test = (_encode(run, records, self.kind.group, known) for records in (train, test))
         self.judged = self.test  # what is judged by pairs
         if self.kind.gated:
-            self.gated_readout = _gated_readout(settings, self.scale.names)
+            self.gated_readout = gated_readout(settings, self.scale.names)
             pairs = gate_pairs(run, train, test, self.scale)
             known = Known.of(settings, [*pairs[0], *pairs[1]])
             self.gate_train, self.judged = (_encode(run, part, pairwise_group, known) for part in pairs)
@@ -232,7 +232,7 @@ def read(model, role: Role, base, batch) -> dict:
     return {"scores": scores} | ({"outputs": outputs} if role.readout != Readout() else {})
 
 
-def _gated_readout(settings, names) -> Readout:
+def gated_readout(settings, names) -> Readout:
     index = {name: n for n, name in enumerate(names)} | {"tokens": readout.TOKENS, "": None}
     if settings.verbosity not in index:
         raise InputError(

@@ -94,6 +94,11 @@ class Run:
         config, params = huggingface.load_llama(
             self.model_path, dtype=jnp.dtype(section.param_dtype), mesh=self.mesh
         )
+        self.check_lengths(config)
+        return config, params
+
+    def check_lengths(self, config: LlamaConfig) -> None:
+        """Raises: InputError if what the stages read is longer than the model's context."""
         longest = self.config.data.prompt_tokens + self.config.data.completion_tokens + 1
         if longest > config.max_position:
             raise InputError(
@@ -105,7 +110,6 @@ class Run:
                 f"config.sft.packed_tokens is {self.config.sft.packed_tokens}, more than the model's context of "
                 f"{config.max_position}; lower it."
             )
-        return config, params
 
     @functools.cached_property
     def model(self) -> Llama:
