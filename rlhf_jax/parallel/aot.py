@@ -59,9 +59,8 @@ def measure(function, arguments: tuple, mesh, where: Slice, trips: int = 1) -> M
     start = time.perf_counter()
     with meshes.activate(mesh):
         traced = function.trace(*arguments)
-        lowered = traced.lower()
         try:
-            compiled = lowered.compile()
+            memory, text = compile_traced(traced, arguments)
         except jax.errors.JaxRuntimeError as error:
             needs, said = out_of_memory(str(error))
             if said is None:
@@ -69,7 +68,7 @@ def measure(function, arguments: tuple, mesh, where: Slice, trips: int = 1) -> M
             return Measured(time.perf_counter() - start, None, over=said, needs_bytes=needs)
     seconds = time.perf_counter() - start
     counted = flops.count(traced.jaxpr, trips)
-    program = hlo.Program(compiled.as_text())
+    program = hlo.Program(text)
     traffic = [0, 0]
     for run in program.runs(trips):
         traffic[run.by_data] += run.times * program.traffic(run)
@@ -86,7 +85,13 @@ def measure(function, arguments: tuple, mesh, where: Slice, trips: int = 1) -> M
             hbm_bandwidth=where.chip.hbm_bandwidth,
         )
         parts.append(Part(amount / mesh.size, bytes_, totals, one))
-    return Measured(seconds, _memory(compiled, arguments), *parts)
+    return Measured(seconds, memory, *parts)
+
+
+def compile_traced(traced, arguments) -> tuple[Memory, str]:
+    """(memory, compiled text).  Raises: JaxRuntimeError of the compiler, if it does not fit for one."""
+    compiled = traced.lower().compile()
+    return _memory(compiled, arguments), compiled.as_text()
 
 
 def coordinates(device) -> tuple[int, ...]:

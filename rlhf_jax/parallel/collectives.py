@@ -3,6 +3,7 @@
 Knows XLA's collectives and how many bytes each must bring to a chip; nothing of what is in them."""
 
 import dataclasses
+import re
 from collections import defaultdict
 
 import numpy as np
@@ -45,9 +46,16 @@ def count(
       devices: of the program. trips: as hlo.Program.runs.
       reach: [N] numbers of the devices of a group -> bytes a second that each can receive.
     """
-    found = ({}, {})
+    found, fused = ({}, {}), set()
     for run in program.runs(trips):
         for one, scope in _collectives(program, run.instruction, run.computation):
+            if run.instruction.opcode == "fusion":
+                # One that goes on while others compute stands in every fusion that it overlaps with.
+                channel = re.search(r"channel_id=\d+", one.text)
+                mark = (run.computation, one.opcode, channel[0] if channel else one.name, run.times)
+                if mark in fused:
+                    continue
+                fused.add(mark)
             kind = one.opcode.removesuffix("-start")
             operands = sum(a.bytes for name in one.operands if name in scope for a in scope[name].result)
             result = sum(a.bytes for a in one.result)
@@ -58,7 +66,9 @@ def count(
             groups = hlo.groups(one.text, devices)
             if groups is None or not groups.size:
                 groups = np.arange(devices)[None]
-            size = devices if kind == "collective-permute" else groups.shape[1]
+            if kind == "collective-permute":
+                groups = [_ring(groups)]
+            size = len(groups[0])
             if size < 2:
                 continue
             bytes_ = run.times * received(kind, result, operands, size)
@@ -71,6 +81,15 @@ def count(
         {kind: Total(int(t["count"]), t["bytes"], t["seconds"]) for kind, t in sorted(part.items())}
         for part in found
     )
+
+
+def _ring(pairs) -> np.ndarray:
+    """The devices that the first pair hands on to, and so on: those of one ring, or line."""
+    found, before = {int(pairs[0][0])}, 0
+    while len(found) > before:
+        before = len(found)
+        found |= {int(n) for pair in pairs if set(map(int, pair)) & found for n in pair}
+    return np.array(sorted(found))
 
 
 def _collectives(program, one, computation):

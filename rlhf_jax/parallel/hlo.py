@@ -154,12 +154,20 @@ class Program:
 
     def _fusion(self, one, operands):
         inside = self._inner(called(one)["calls"])
+        results = one.result
+        if inside.collective:  # what only passes through, while a collective goes on, moves nothing
+            aliased = re.search(r"output_to_operand_aliasing=\{(.*?)\}, calls", one.text)
+            pairs = re.findall(r"\{(\d*)\}: \((\d+), \{\d*\}\)", aliased[1]) if aliased else []
+            results = [x for n, x in enumerate(results) if str(n) not in {i for i, _ in pairs}]
+            if any(index == "" for index, _ in pairs):
+                results = []
+            operands = [() if str(n) in {o for _, o in pairs} else x for n, x in enumerate(operands)]
         moved = 0
         for number, arrays in enumerate(operands):
             if _in_hbm(arrays):
                 limit = inside.read.get(number)
                 moved += _in_hbm(arrays) if limit is None else min(limit, _in_hbm(arrays))
-        written = _in_hbm(one.result)
+        written = _in_hbm(results)
         return moved + (written if inside.written is None else min(inside.written, written))
 
     def _inner(self, name):
@@ -216,13 +224,15 @@ class Program:
                         written += _large(update.result) if update else 0
                     elif part is not None:
                         written += _in_hbm(part.result)
-        return _Inner({k: v for k, v in limits.items() if v is not None}, written)
+        sends = any(one.opcode.removesuffix("-start") in COLLECTIVES for one in scope.values())
+        return _Inner({k: v for k, v in limits.items() if v is not None}, written, sends)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Inner:
     read: dict[int, int]
     written: int | None
+    collective: bool  # it is a part of one
 
 
 COLLECTIVES = (
