@@ -24,7 +24,6 @@ def plan(
 
     stages: only these of config.stages. limit: of the compilations of a search, or of finding what fits.
     """
-    jax.config.update("jax_enable_compilation_cache", False)  # described devices cannot read it
     check_config(config, tuple(pipeline.STAGES))
     if not 0 < efficiency <= 1:
         raise InputError(f"--efficiency is {efficiency}; expected above 0, at most 1.")
@@ -36,6 +35,7 @@ def plan(
         devices = chips.describe(where)
     except ModuleNotFoundError:
         raise InputError(MISSING) from None
+    jax.config.update("jax_enable_compilation_cache", False)  # described devices cannot read it
     if stages:
         config = plan_fixes.changed(config, {"stages": tuple(n for n in config.stages if n in stages)})
     run = PlannedRun(config, devices)

@@ -38,7 +38,8 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    compile_seconds: float
+    compile_seconds: float  # on the wall, tracing included
+    compile_cpu_seconds: float  # of all threads: what it takes where nothing else runs
     memory: Memory | None  # None: it does not fit
     once: Part | None = None  # outside of loops that the data end
     looped: Part | None = None  # inside of those, if they turn as often as they may
@@ -56,7 +57,8 @@ def measure(function, arguments: tuple, mesh, where: Slice, trips: int = 1) -> M
       function: jitted. arguments: arrays as ShapeDtypeStruct with shardings on `mesh`, and its static arguments.
       trips: turns of its loops that the data end, at most.
     """
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
+    took = lambda: (time.perf_counter() - start, time.process_time() - busy)
     with meshes.activate(mesh):
         traced = function.trace(*arguments)
         try:
@@ -65,8 +67,8 @@ def measure(function, arguments: tuple, mesh, where: Slice, trips: int = 1) -> M
             needs, said = out_of_memory(str(error))
             if said is None:
                 raise
-            return Measured(time.perf_counter() - start, None, over=said, needs_bytes=needs)
-    seconds = time.perf_counter() - start
+            return Measured(*took(), None, over=said, needs_bytes=needs)
+    seconds = took()
     counted = flops.count(traced.jaxpr, trips)
     program = hlo.Program(text)
     traffic = [0, 0]
@@ -85,7 +87,7 @@ def measure(function, arguments: tuple, mesh, where: Slice, trips: int = 1) -> M
             hbm_bandwidth=where.chip.hbm_bandwidth,
         )
         parts.append(Part(amount / mesh.size, bytes_, totals, one))
-    return Measured(seconds, memory, *parts)
+    return Measured(*seconds, memory, *parts)
 
 
 def compile_traced(traced, arguments) -> tuple[Memory, str]:

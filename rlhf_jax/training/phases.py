@@ -357,8 +357,9 @@ def on_samples(run: PlannedRun, name: str) -> Stage:
         rows = _examples(run, count, size, R + 1)
     arguments = (state, {"base": base}, taught, rows)
     learned_tokens = section.rollout_epochs * _tokens(taught)
-    steps = settings.cg_iterations if hasattr(settings, "cg_iterations") else 1
-    phases.append(Phase("update", update, arguments, section.steps, learned_tokens, trips=steps))
+    # Of TRPO's two searches, each with an end of its own.
+    turns = max(getattr(settings, "cg_iterations", 1), getattr(settings, "backtrack_steps", 0) + 1)
+    phases.append(Phase("update", update, arguments, section.steps, learned_tokens, trips=turns))
     if learned and reward is not None:
         batches = section.reward_reference_batches
         phases.append(sampling_phase(run, "reference rollout", network, Role(), asked, sampling, batches))
@@ -382,7 +383,7 @@ def unplanned_rewards(run, reward) -> tuple[str, ...]:
     components = run.config.rewards.components
     named = [repr(one) for one in components if one != LEARNED]
     said = (f"the rewards {', '.join(named)}, which read text",) if named else ()
-    if LEARNED in components and reward is None:
+    if LEARNED in components and reward is None and "reward_model" in run.config:
         said += ("the learned reward, which has a tokenizer of its own and reads text",)
     return said
 

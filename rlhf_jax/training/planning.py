@@ -104,6 +104,7 @@ def report(run: PlannedRun, stages: list[Stage], found: list[Found], where: Slic
         "expected_hours": None if None in hours else sum(hours),
         "expected_chip_hours": None if None in hours else sum(hours) * where.chips,
         "compile_seconds": sum(one.measured.compile_seconds for one in found),
+        "compile_cpu_seconds": sum(one.measured.compile_cpu_seconds for one in found),
         "efficiency": efficiency,
         "assumptions": [
             *ASSUMPTIONS,
@@ -151,6 +152,7 @@ def _phase(one: Found, where: Slice, efficiency: float) -> dict:
         "bytes": one.bytes,
         "beside_bytes": one.beside,
         "compile_seconds": measured.compile_seconds,
+        "compile_cpu_seconds": measured.compile_cpu_seconds,
         "tokens": phase.tokens,
     }
     if not measured.fits:
