@@ -41,12 +41,13 @@ def quiet():
 
 
 def show(found: dict) -> None:
-    out = Console() if sys.stdout.isatty() else Console(width=160, color_system=None)
+    plain = {} if sys.stdout.isatty() else {"width": 160, "color_system": None}
+    out = Console(markup=False, highlight=False, **plain)
     style = box.SIMPLE_HEAD if sys.stdout.isatty() else box.ASCII2
     mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items())
     out.print(
         f"{found['config']} on {found['topology']}: {found['chips']} chips of {found['hbm_bytes'] / GIB:.2f} GiB, "
-        f"mesh {mesh}", highlight=False)  # fmt: skip
+        f"mesh {mesh}")  # fmt: skip
     for stage in found["stages"]:
         _stage(out, style, stage, found)
     _verdict(out, found)
@@ -54,7 +55,7 @@ def show(found: dict) -> None:
         _search(out, style, found["search"])
     out.print("\nassumptions", style="bold")
     for line in found["assumptions"]:
-        out.print(f"- {line}", highlight=False)
+        out.print(f"- {line}")
 
 
 def _stage(out, style, stage, found) -> None:
@@ -67,7 +68,7 @@ def _stage(out, style, stage, found) -> None:
     if stage["phases"]:
         out.print(table)
     for line in stage["unplanned"]:
-        out.print(f"  not planned in {stage['name']}: {line}", highlight=False)
+        out.print(f"  not planned in {stage['name']}: {line}")
     if stage["step_bound_seconds"]:
         bound, expected = (seconds(stage[f"step_{name}_seconds"]) for name in ("bound", "expected"))
         rate = stage["expected_tokens_per_second"]
@@ -75,7 +76,7 @@ def _stage(out, style, stage, found) -> None:
         line = (
             f"  a step: bound {bound}, expected {expected}{rate}; all {stage['steps']} steps: {hours(stage)}"
         )
-        out.print(line, highlight=False)
+        out.print(line)
 
 
 def _rows(table, phase) -> None:
@@ -106,21 +107,19 @@ def _verdict(out, found) -> None:
         return
     where, room = f"{found['largest']['stage']}: {found['largest']['phase']}", found["headroom_bytes"] / GIB
     if found["fits"]:
-        out.print(
-            f"\nfits, with {room:.2f} GiB a chip to spare ({where} needs most)", style="bold", highlight=False
-        )
+        out.print(f"\nfits, with {room:.2f} GiB a chip to spare ({where} needs most)", style="bold")
         out.print(
             f"expected, all stages: {found['expected_hours']:.2g} hours, {found['expected_chip_hours']:.3g} chip-hours",
             highlight=False,
         )
         return
-    out.print(f"\ndoes not fit: {where} needs {-room:.2f} GiB a chip too much", style="bold", highlight=False)
+    out.print(f"\ndoes not fit: {where} needs {-room:.2f} GiB a chip too much", style="bold")
     change = found["change"]
     if change:
         out.print(f"smallest change found that fits (compiled: {change['bytes'] / GIB:.2f} GiB): {change['flags']}",
                   highlight=False)  # fmt: skip
     else:
-        out.print("no change that was tried fits: more chips, or a smaller model", highlight=False)
+        out.print("no change that was tried fits: more chips, or a smaller model")
 
 
 def _search(out, style, search) -> None:

@@ -51,9 +51,12 @@ class Stage:
     unplanned: tuple[str, ...] = ()  # what it also does, and why nothing is said of it
 
 
-def of_config(run: PlannedRun, others: dict) -> list[Stage]:
-    """Every stage of config.stages. others: {name: run -> Stage} of those that are not training's."""
-    return [(others | STAGES)[name](run) for name in run.config.stages]
+def of_config(run: PlannedRun, others: dict, names=None) -> list[Stage]:
+    """The stages of config.stages, or those of `names`. others: {name: run -> Stage} of those that are not training's.
+
+    Raises: InputError if the batches of one cannot be placed on the mesh.
+    """
+    return [(others | STAGES)[name](run) for name in run.config.stages if names is None or name in names]
 
 
 # Batches and roles

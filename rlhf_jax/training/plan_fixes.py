@@ -49,7 +49,7 @@ def fix(
             return None
         try:
             run = PlannedRun(changed(config, changes), devices)
-            found = [stage for stage in phases.of_config(run, others) if stage.name in stages]
+            found = phases.of_config(run, others, stages)
         except InputError:
             continue
         wanted = {(one.stage.name, one.phase.name) for one in failing}
@@ -133,7 +133,7 @@ def search(
     for changes in meshes_and_batches(config, where, name):
         try:
             run = PlannedRun(changed(config, changes), devices)
-            stage = next(stage for stage in phases.of_config(run, others) if stage.name == name)
+            (stage,) = phases.of_config(run, others, {name})
         except InputError:
             continue
         # Those of one step, the largest last: it decides whether the rest is worth compiling.

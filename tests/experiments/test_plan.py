@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from experiments import cli, phases, planner
+from rlhf_jax.checkpoints import huggingface
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import aot, chips, flops
 from rlhf_jax.parallel import mesh as meshes
@@ -76,7 +77,7 @@ def test_a_small_config_is_planned_whole():
 def test_phases_are_called_as_the_run_calls_them(config, stage, overrides):
     """Each program can be traced with the arguments that the plan has for it, on eight devices."""
     run = PlannedRun(cli.load_config(f"{config}:tiny", overrides), jax.devices())
-    (found,) = (one for one in of_config(run, phases.STAGES) if one.name == stage)
+    (found,) = of_config(run, phases.STAGES, {stage})
     assert found.phases and aot.bytes_of(found.resident) > 0
     for phase in found.phases:
         assert phase.calls > 0
@@ -87,7 +88,7 @@ def test_phases_are_called_as_the_run_calls_them(config, stage, overrides):
 
 def test_what_cannot_be_planned_is_said():
     run = PlannedRun(cli.load_config("configs/reward_models/pairrm.py:tiny", []), jax.devices())
-    (found,) = (one for one in of_config(run, phases.STAGES) if one.name == "reward_model")
+    (found,) = of_config(run, phases.STAGES, {"reward_model"})
     assert not found.phases and "pairrm" in found.unplanned[0]
 
 
@@ -113,8 +114,40 @@ def test_changes_are_tried_from_the_cheapest():
 
 
 class _Failing:
-    def __init__(self, stage):
-        self.stage = stage
+    """A phase that does not fit."""
+
+    def __init__(self, stage, phase=None):
+        self.stage, self.phase = stage, phase
+
+
+def test_the_first_change_that_fits_is_told(monkeypatch):
+    """Of a compiler for which the update fits in eight pieces of half as many prompts."""
+    config, compiled = cli.load_config("configs/ppo.py:llama2_7b", ["model.vocab_chunk=8192"]), []
+    (stage,) = of_config(PlannedRun(config, jax.devices()), phases.STAGES, {"ppo"})
+    update = next(phase for phase in stage.phases if phase.name == "update")
+    fitting = {"ppo.num_microbatches": 8}
+
+    def measure(run, stage, phase, where):
+        compiled.append(phase.name)
+        fits = all(run.config.ppo[key.split(".")[1]] == value for key, value in fitting.items())
+        found = _Failing(stage, phase)
+        found.bytes, found.fits = (1.0 if fits else 1e12), lambda where: fits
+        return found
+
+    monkeypatch.setattr(plan_fixes.planning, "measure", measure)
+    ask = lambda limit: plan_fixes.fix(
+        config, jax.devices(), chips.parse("v5e:2x4"), phases.STAGES, [_Failing(stage, update)], limit
+    )
+    assert ask(24) == ({"ppo.num_microbatches": 8}, 1.0)
+    assert compiled == ["update", "update"]  # 4 pieces, then 8: of the phase that failed alone
+    fitting["ppo.batch_size"] = -1  # nothing fits
+    assert ask(3) is None and len(compiled) == 5
+
+
+def test_a_model_that_is_nowhere_is_told():
+    with pytest.raises(InputError, match="org/none.*could not be fetched"):
+        huggingface.shape_of("org/none")
+    assert huggingface.shape_of("llama-2-13b-chat").num_layers == 40
 
 
 def test_bad_usage_is_told():
@@ -137,3 +170,26 @@ def test_rows_that_cannot_be_split_are_told():
     config = cli.load_config(CONFIG, ["ppo.batch_size=12"])
     with pytest.raises(InputError, match="a batch of 12 rows cannot be split over 8 devices"):
         of_config(PlannedRun(config, jax.devices()), phases.STAGES)
+
+
+def test_meshes_are_ranked_by_speed_among_those_that_fit(monkeypatch):
+    """Of a chip on which wider tensor axes are faster, and 4 of them do not fit."""
+    config = cli.load_config(CONFIG, [])
+
+    def measure(run, stage, phase, where):
+        found, tensor = _Failing(stage, phase), run.mesh.shape["tensor"]
+        found.bytes, found.seconds, found.fits = 1.0, 1.0 / tensor, lambda where: tensor != 4
+        return found
+
+    monkeypatch.setattr(plan_fixes.planning, "measure", measure)
+    ask = lambda limit: plan_fixes.search(
+        config, jax.devices()[:4], chips.parse("v5e:2x2"), phases.STAGES, "ppo", limit
+    )
+    ranked = ask(1000)
+    best = ranked[0]
+    assert best["fits"] and best["changes"]["mesh.tensor"] == 2 and best["changes"]["ppo.batch_size"] == 64
+    # Rollout, reward, reference and update, half a second each; two completions a prompt.
+    assert best["step_bound_seconds"] == 2.0 and best["completions_per_second"] == 64
+    fitting = [one["fits"] for one in ranked]
+    assert fitting == sorted(fitting, reverse=True) and not fitting[-1]
+    assert len(ask(8)) == 2
