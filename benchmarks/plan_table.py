@@ -18,7 +18,6 @@ GIB = 2.0**30
 # Each size on the smallest slice of each chip that is thought to hold it, and on one with room.
 PAIRS = (
     ("llama2_7b", "v5e:4x4"),
-    ("llama2_70b", "v5p:2x2x1"),
     ("llama2_70b", "v5p:2x2x2"),
     ("llama2_7b", "v5e:2x2"),
     ("llama2_13b", "v5e:2x4"),

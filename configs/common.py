@@ -302,17 +302,17 @@ def smollm2(config):
 
 
 def llama2_7b(config):
-    """LoRA; fits a v5e:2x2 (4 chips), and goes well with a v5e:4x4 or v4:2x2x4 (16)."""
+    """LoRA on a v5e:4x4 (16 chips) or any slice of 4 chips or more that docs/plan.md says it fits."""
     _tpu(config, "meta-llama/Llama-2-7b-hf", tensor=4)
 
 
 def llama2_13b(config):
-    """LoRA; fits a v5e:2x4 (8 chips)."""
+    """LoRA; the slices it fits are in docs/plan.md."""
     _tpu(config, "meta-llama/Llama-2-13b-hf", tensor=4)
 
 
 def llama2_70b(config):
-    """LoRA; fits a v5p:2x2x2 (8 chips). Grouped-query attention has 8 key/value heads, so tensor goes up to 8."""
+    """LoRA on 8 chips or more; docs/plan.md says which. 8 key/value heads, so tensor goes up to 8."""
     _tpu(config, "meta-llama/Llama-2-70b-hf", tensor=8)
 
 

@@ -16,12 +16,14 @@ SHORT = {"all-gather": "gather", "all-reduce": "reduce", "reduce-scatter": "scat
 
 
 def progress():
-    """tell(text): one line on standard error that is written over; without a terminal, nothing."""
-    shown = sys.stderr.isatty()
+    """tell(text): one line on standard error that is written over; without a terminal, a line each."""
+    over = sys.stderr.isatty()
 
     def tell(text: str) -> None:
-        if shown:
+        if over:
             print(f"\r\033[K{text[:110]}", end="", file=sys.stderr, flush=True)
+        elif text:
+            print(text, file=sys.stderr, flush=True)
 
     return tell
 
