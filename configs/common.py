@@ -302,13 +302,13 @@ def smollm2(config):
 
 
 def llama2_7b(config):
-    """LoRA on a v5e:4x4 (16 chips) or any slice of 4 chips or more that docs/plan.md says it fits."""
-    _tpu(config, "meta-llama/Llama-2-7b-hf", tensor=4)
+    """LoRA on a v5e:4x4 (16 chips), or another slice: docs/plan.md. The base is split over all chips."""
+    _tpu(config, "meta-llama/Llama-2-7b-hf", tensor=1)
 
 
 def llama2_13b(config):
     """LoRA; the slices it fits are in docs/plan.md."""
-    _tpu(config, "meta-llama/Llama-2-13b-hf", tensor=4)
+    _tpu(config, "meta-llama/Llama-2-13b-hf", tensor=2)
 
 
 def llama2_70b(config):
@@ -317,8 +317,6 @@ def llama2_70b(config):
 
 
 def _tpu(config, path, *, tensor):
-    # Decoding reads all weights for each token: what fsdp splits is sent round for it, what tensor splits is not. So
-    # tensor takes as much as sampling needs, and fsdp the rest of the slice.
     config.model.update(path=path, dtype="bfloat16", param_dtype="bfloat16", remat="full", vocab_chunk=0)
     config.mesh.update(data=1, fsdp=-1, tensor=tensor)
     config.data.update(prompt_tokens=512, completion_tokens=64)

@@ -109,7 +109,7 @@ def test_a_run_survives_a_killed_process_and_a_preemption(tmp_path, monkeypatch,
     text = 'Say: it\'s "$HOME"'
     tpu.command(
         ["resume", *FLAGS, f"--workdir={workdir}", "--max_restarts=1", "--"]
-        + ["--config=configs/ppo.py:llama2_7b", "--config.mesh.fsdp=2", f"--config.data.instruction={text}"]
+        + ["--config=configs/ppo.py:llama2_7b", "--config.mesh.fsdp=8", f"--config.data.instruction={text}"]
     )
     said = capsys.readouterr().out
     for attempt in (1, 2, 3):
