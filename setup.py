@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
-        "plan": ["libtpu"],  # compile for a TPU slice on any machine
+        "plan": ["libtpu>=0.0.42,<0.1"],  # compile for a TPU slice on any machine
         "math": ["math-verify>=0.9"],
         "wandb": ["wandb"],
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"],

@@ -309,23 +309,23 @@ def smollm2(config):
 
 
 def llama2_7b(config):
-    """LoRA on a v5e-16 or v4-16 slice (16 chips): base split 16 ways, batch over the same axis."""
-    _tpu(config, "meta-llama/Llama-2-7b-hf", fsdp=16, tensor=1)
+    """LoRA on a v5e:4x4 (16 chips), or another slice: docs/plan.md. The base is split over all chips."""
+    _tpu(config, "meta-llama/Llama-2-7b-hf", tensor=1)
 
 
 def llama2_13b(config):
-    """LoRA on 32 chips."""
-    _tpu(config, "meta-llama/Llama-2-13b-hf", fsdp=16, tensor=2)
+    """LoRA; the slices it fits are in docs/plan.md."""
+    _tpu(config, "meta-llama/Llama-2-13b-hf", tensor=2)
 
 
 def llama2_70b(config):
-    """LoRA on 128 chips: grouped-query attention has 8 key/value heads, so tensor goes up to 8."""
-    _tpu(config, "meta-llama/Llama-2-70b-hf", fsdp=16, tensor=8)
+    """LoRA on 8 chips or more; docs/plan.md says which. 8 key/value heads, so tensor goes up to 8."""
+    _tpu(config, "meta-llama/Llama-2-70b-hf", tensor=8)
 
 
-def _tpu(config, path, *, fsdp, tensor):
+def _tpu(config, path, *, tensor):
     config.model.update(path=path, dtype="bfloat16", param_dtype="bfloat16", remat="full", vocab_chunk=0)
-    config.mesh.update(data=1, fsdp=fsdp, tensor=tensor)
+    config.mesh.update(data=1, fsdp=-1, tensor=tensor)
     config.data.update(prompt_tokens=512, completion_tokens=64)
     config.preferences.update(num_pairs=8192, batch_size=64)
     config.sft.update(steps=1000, batch_size=64)

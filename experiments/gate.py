@@ -217,10 +217,15 @@ def scorer(run, reward):
     """
     if not isinstance(reward, Role):
         return lambda batch, prompts, texts: np.float64(reward.score(prompts, texts()))
-    forward = jax.jit(lambda base, role, batch: learned.score(run.model, base, role, batch, run.eos_ids))
+    forward = make_forward(run)
     return lambda batch, prompts, texts: np.asarray(
         hosts.gather(forward(run.base, reward, run.put(batch))), np.float64
     )
+
+
+def make_forward(run):
+    """Jitted (base, reward role, batch) -> raw scores [B, G]."""
+    return jax.jit(lambda base, role, batch: learned.score(run.model, base, role, batch, run.eos_ids))
 
 
 def _some(records: list, count: int) -> list:
@@ -232,7 +237,7 @@ def _some(records: list, count: int) -> list:
 
 def scored(run, score, sets: list[list[Judged]]) -> list[gate_measures.Pairs]:
     """The pairs of each set that config.data keeps, with their scores; all in batches of one shape."""
-    longest, size = run.config.data.completion_tokens + 1, _rows(run, run.config.gate.batch_size)
+    longest, size = run.config.data.completion_tokens + 1, rows_of(run, run.config.gate.batch_size)
     encode = lambda text: run.tokenizer.encode_completion(text, longest, allow_truncation=True)
     encoded = []
     for pairs in sets:
@@ -260,7 +265,7 @@ def scored(run, score, sets: list[list[Judged]]) -> list[gate_measures.Pairs]:
     return found
 
 
-def _rows(run, wanted: int) -> int:
+def rows_of(run, wanted: int) -> int:
     """At least `wanted` rows, as many on each device."""
     ways = math.prod(run.mesh.shape[axis] for axis in dict(sharding.RULES)["batch"])
     return -(-wanted // ways) * ways
@@ -293,7 +298,7 @@ def preview(run, score, prompts) -> gate_measures.Samples:
     """Samples of the starting policy for the first prompts, as RL draws them, by a random stream of the gate's own."""
     section, pad_id = run.config.gate, run.tokenizer.pad_id
     chosen = prompts[: section.preview_prompts]
-    size = _rows(run, min(section.batch_size, len(chosen)))
+    size = rows_of(run, min(section.batch_size, len(chosen)))
     length = max(len(ids) for _, ids in chosen)
     network, sampling = run.network(), run.sampling(section.preview_completions)
     rule = rules.RULES[run.gold] if run.gold else None

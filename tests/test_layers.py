@@ -90,6 +90,9 @@ def test_only_training_run_and_stages_read_the_config_object():
         "reward_stage.py",
         "text_reward_stage.py",
         "constitution.py",
+        "phases.py",
+        "planning.py",
+        "plan_fixes.py",
     )
     for path in FILES:
         if "ConfigDict" in path.read_text() or "run.config." in path.read_text():

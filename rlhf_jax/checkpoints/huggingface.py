@@ -3,6 +3,7 @@
 Never pickle, never code from a checkpoint. The config decides every shape; a file that disagrees is one error that
 lists the tensors. Knows nothing of adapters (peft.py) or of how a safetensors file is read (tensors.py)."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 from rlhf_jax.checkpoints import tensors
 from rlhf_jax.checkpoints.tensors import Leaf
 from rlhf_jax.errors import InputError
+from rlhf_jax.models.architectures import ARCHITECTURES
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.lora import ATTENTION, MLP, shapes
 from rlhf_jax.parallel import hosts
@@ -54,16 +56,49 @@ def resolve(path: str) -> str:
     path = os.fspath(path)
     if os.path.isdir(path):
         return path
+    name = _hub_name(path)
+    from huggingface_hub import snapshot_download
+
+    with _told(path, name):
+        return snapshot_download(name, allow_patterns=list(_FETCHED), ignore_patterns=["*/*"])
+
+
+def shape_of(path: str) -> LlamaConfig:
+    """The config of a checkpoint without its weights: of a directory, a published model (models/architectures.py,
+    nothing is fetched), or a hub id, of which config.json alone is downloaded.
+
+    Raises: InputError as `resolve` does.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        return LlamaConfig.from_huggingface(path)
+    name = SHORT_NAMES.get(path, path)
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    name = _hub_name(path)
+    from huggingface_hub import hf_hub_download
+
+    with _told(path, name):
+        return LlamaConfig.from_huggingface(hf_hub_download(name, "config.json"))
+
+
+def _hub_name(path: str) -> str:
     name = SHORT_NAMES.get(path, path)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         raise InputError(
             f"{path} is not a directory. Expected a directory with config.json and safetensors, a Hugging Face id "
             f"`organisation/name`, or one of {', '.join(SHORT_NAMES)}."
         )
-    from huggingface_hub import snapshot_download
+    return name
 
+
+@contextlib.contextmanager
+def _told(path: str, name: str):
+    """The hub's errors, as one line."""
     try:
-        return snapshot_download(name, allow_patterns=list(_FETCHED), ignore_patterns=["*/*"])
+        yield
+    except InputError:
+        raise
     except Exception as error:  # the hub's errors are of many classes, of its own and of its transport
         reason = str(error).strip().split("\n")[0]
         raise InputError(

@@ -52,30 +52,10 @@ def completions_of(
       are no samples and their mean is no KL: of them it is "log_ratio", which says how each side rates this text.
     """
     by_beams = isinstance(sampling, BeamConfig)
-    G, temperature = (
-        (sampling.num_return, 1.0) if by_beams else (rounds * sampling.num_completions, sampling.temperature)
-    )
+    G = sampling.num_return if by_beams else rounds * sampling.num_completions
     rows = []
-
-    @jax.jit
-    def measure(base, scorer, batch):
-        found = {}
-        if reward is not None:
-            found["reward"] = learned.score(model, base, scorer, batch, sampling.eos_ids, *reward[1:])
-        if against is not None and temperature > 0:
-            states = roles.predicting_states(model, base, against, batch)
-            vocabulary = unembedding(against.params(base))
-            logprobs, _ = fused_token_logprobs(
-                states,
-                vocabulary,
-                batch.completion_ids,
-                chunk_size=placement.columns_at_a_time(vocabulary.shape[-1], vocab_chunk),
-                temperature=temperature,
-            )
-            log_ratio = jnp.where(batch.completion_mask > 0, batch.old_logprobs - logprobs, 0.0)
-            found["log_ratio" if by_beams else "kl"] = log_ratio.sum(-1)
-        return found
-
+    scorer, *units = reward or (None,)
+    measure = make_measure(model, sampling, units, against, vocab_chunk)
     for start in range(0, len(prompts), batch_size):
         check()
         chosen = prompts[start : start + batch_size]
@@ -92,7 +72,7 @@ def completions_of(
                 own = jax.random.fold_in(key, number) if number else key
                 made = generate(model, params, *asked, own, sampling, role.adapter)
             batch = GroupedBatch(ids, mask, made.ids, made.mask, old_logprobs=made.logprobs)
-            found = measure(base, reward and reward[0], batch)
+            found = measure(base, scorer, batch)
             found |= {"completion_length": made.mask.sum(-1), "finished": made.finished}
             drawn.append(hosts.gather((made.ids, made.mask, found)))
         made_ids, made_mask, found = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *drawn)
@@ -113,6 +93,36 @@ def decoded(tokenizer, ids, mask) -> list[list[str]]:
         return [[text(*one) for one in zip(*group, strict=True)] for group in groups]
 
     return hosts.spread(len(ids), of)
+
+
+def make_measure(model, sampling, units, against: Role | None, vocab_chunk: int):
+    """Jitted (base, reward role or None, batch) -> {"reward", "kl": [B, G]}, of those that are asked for.
+
+    units: mean and deviation that rewards are told in. The rest as in completions_of.
+    """
+    by_beams = isinstance(sampling, BeamConfig)
+    temperature = 1.0 if by_beams else sampling.temperature
+
+    @jax.jit
+    def measure(base, reward, batch):
+        found = {}
+        if reward is not None:
+            found["reward"] = learned.score(model, base, reward, batch, sampling.eos_ids, *units)
+        if against is not None and temperature > 0:
+            states = roles.predicting_states(model, base, against, batch)
+            vocabulary = unembedding(against.params(base))
+            logprobs, _ = fused_token_logprobs(
+                states,
+                vocabulary,
+                batch.completion_ids,
+                chunk_size=placement.columns_at_a_time(vocabulary.shape[-1], vocab_chunk),
+                temperature=temperature,
+            )
+            log_ratio = jnp.where(batch.completion_mask > 0, batch.old_logprobs - logprobs, 0.0)
+            found["log_ratio" if by_beams else "kl"] = log_ratio.sum(-1)
+        return found
+
+    return measure
 
 
 def with_gold(found: dict, prompts: list[str], gold: Callable | None) -> dict:

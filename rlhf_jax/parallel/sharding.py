@@ -163,13 +163,17 @@ def in_place(update):
     Left to choose, the partitioner may copy to every device what it finds handy there."""
     compiled = None
 
-    def call(state, *more):
+    def jitted(state):
         nonlocal compiled
         if compiled is None:
             where = jax.tree.map(lambda x: x.sharding, state)
             compiled = jax.jit(update, donate_argnums=0, out_shardings=(where, None))
-        return compiled(state, *more)
+        return compiled
 
+    def call(state, *more):
+        return jitted(state)(state, *more)
+
+    call.trace = lambda state, *more: jitted(state).trace(state, *more)  # as of any jitted function
     return call
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_jax.data.batching import pad_prompts
 from rlhf_jax.data.formats import readable
 from rlhf_jax.losses.masking import masked_mean
-from rlhf_jax.models import heads, roles
+from rlhf_jax.models import roles
 from rlhf_jax.parallel import hosts
 from rlhf_jax.rewards import rules
 from rlhf_jax.training import rollout
@@ -53,11 +53,7 @@ class Collector:
         if algorithm.teaches is not None:
             self.max_refills = settings.max_refills
             self.teaches = jax.jit(functools.partial(algorithm.teaches, settings))
-        self.values_of = jax.jit(
-            lambda base, role, batch: heads.apply(
-                role.head, roles.predicting_states(network.model, base, role, batch)
-            )
-        )
+        self.values_of = rollout.make_values(network)
 
     def __call__(self, state, chosen, key, more=None, *, from_reference=False):
         """(prompts that it is of, batch, metrics).

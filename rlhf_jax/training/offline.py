@@ -108,13 +108,11 @@ def fit(
         sets = {"train": records, "held_out": held_out}
         identity = fingerprint | {"held_out": batching.record_hashes(held_out)}
         ref_logprobs = references.kept_logprobs(run, name, sets, make_batch, section.batch_size, identity)
-    optimizer, schedule = optimizer_of(section, section.steps)
-    update, follower = make_update(objective, optimizer, num_microbatches=section.num_microbatches), None
+    update, optimizer, schedule = updater(run, section, settings, objective)
+    follower = None
     if settings.reference_sync_steps:
-        mix = settings.reference_sync_mix
-        follower = references.follower(trained["policy"], frozen["base"], mix)
-        update = references.synced(update, settings.reference_sync_steps, mix, run.lora)
-    update = sharding.in_place(update)
+        follower = references.follower(trained["policy"], frozen["base"], settings.reference_sync_mix)
+    measure = make_measure(objective, read)
 
     def step(state, position):
         indices = data.indices(position)
@@ -131,11 +129,6 @@ def fit(
         else:
             metrics["tokens"] = float(batch.prompt_mask.sum() + batch.completion_mask.sum())
         return state, StepOutput(metrics)
-
-    @jax.jit
-    def measure(trained, frozen, batch):
-        loss, (weight, metrics) = objective(trained, frozen, {}, batch, jax.random.key(0))
-        return weight, {"loss": loss} | metrics, None if read is None else read(trained, frozen, batch)
 
     def held_out_pass(state):
         parts, size = [], section.batch_size
@@ -192,6 +185,27 @@ def fit(
         found = readings(held_out_pass(state)) if read is not None else None
     (role,) = (state.trained[n] for n in algorithm.trains)
     return role, int(state.step), found
+
+
+def updater(run: Run, section, settings, objective):
+    """(jitted update of a step's batch, optimizer, its learning rate by update)."""
+    optimizer, schedule = optimizer_of(section, section.steps)
+    update = make_update(objective, optimizer, num_microbatches=section.num_microbatches)
+    if settings.reference_sync_steps:
+        mix = settings.reference_sync_mix
+        update = references.synced(update, settings.reference_sync_steps, mix, run.lora)
+    return sharding.in_place(update), optimizer, schedule
+
+
+def make_measure(objective, read: Callable | None):
+    """Jitted (trained, frozen, batch) -> (weight, metrics, what `read` gives) of held-out records."""
+
+    @jax.jit
+    def measure(trained, frozen, batch):
+        loss, (weight, metrics) = objective(trained, frozen, {}, batch, jax.random.key(0))
+        return weight, {"loss": loss} | metrics, None if read is None else read(trained, frozen, batch)
+
+    return measure
 
 
 def read_all(run: Run, records, batch_size: int, read: Callable):

@@ -36,9 +36,7 @@ def online(run: Run, name: str) -> None:
     rewards = Rewards(run.config.rewards, run.console.warn, run.mesh)
     reward = run.load_reward() if rewards.learned else None
     rng, base = run.rng(name), run.base
-    trained = {"policy": run.new_role(rng, section.train, base)}
-    if "value" in algorithm.trains:
-        trained["value"] = first_value(run, section, jax.random.fold_in(rng, 1), reward)
+    trained = first_roles(run, section, algorithm, rng, reward)
     frozen = {"base": base}
     prompts = run.encoded_prompts["train"]
     lengths = (run.prompt_length, run.config.data.completion_tokens)
@@ -49,22 +47,7 @@ def online(run: Run, name: str) -> None:
     if algorithm.auxiliary_objective is not None:
         auxiliary = functools.partial(algorithm.auxiliary_objective, settings, network)
         rows_of, fingerprint["examples"] = example_stream(run, section, updates_a_step)
-    optimizer, schedule = optimizer_of(section, section.steps * updates_a_step)
-    if algorithm.optimizer is not None:
-        optimizer = algorithm.optimizer(settings, optimizer)
-    extras = algorithm.extras and functools.partial(algorithm.extras, settings, network)
-    update = sharding.in_place(
-        make_update(
-            functools.partial(algorithm.objective, settings, network),
-            optimizer,
-            epochs=section.rollout_epochs,
-            num_minibatches=section.num_minibatches,
-            num_microbatches=section.num_microbatches,
-            auxiliary_objective=auxiliary,
-            stop_kl=section.stop_approx_kl,
-            extras=extras,
-        )
-    )
+    update, optimizer, schedule = updater(section, algorithm, settings, network, auxiliary)
     select, memory, markers = selection(run, section, algorithm, settings, lengths)
     first_steps = section.reference_steps if markers else 0
     suffix = markers.best if markers else ()
@@ -133,8 +116,7 @@ def online(run: Run, name: str) -> None:
             state = state.replace(trained=state.trained | {"value": value.replace(head=head)})
         return state
 
-    controllers = {**settings.kl_controllers, "reward_mean": 0.0, "reward_std": 1.0}
-    controllers |= dict.fromkeys(algorithm.controllers, 0.0)
+    controllers = first_controllers(algorithm, settings)
     with rewards, meshes.activate(run.mesh):
         state = states.create(trained, optimizer, rng, controllers, run.model.config, run.mesh, memory=memory)
         announce(
@@ -161,6 +143,49 @@ def online(run: Run, name: str) -> None:
     run.save_role(name, state.trained["policy"], meta)
 
 
+def first_roles(run: Run, section, algorithm, rng, reward) -> dict[str, Role]:
+    """What the row trains, before training. reward: the learned one, or None."""
+    trained = {"policy": run.new_role(rng, section.train, run.base)}
+    if "value" in algorithm.trains:
+        trained["value"] = first_value(run, section, jax.random.fold_in(rng, 1), reward)
+    return trained
+
+
+def first_controllers(algorithm, settings) -> dict[str, float]:
+    controllers = {**settings.kl_controllers, "reward_mean": 0.0, "reward_std": 1.0}
+    return controllers | dict.fromkeys(algorithm.controllers, 0.0)
+
+
+def updater(section, algorithm, settings, network, auxiliary=None):
+    """(jitted update of a step's rollout, optimizer, its learning rate by update)."""
+    updates = section.steps * section.rollout_epochs * section.num_minibatches
+    optimizer, schedule = optimizer_of(section, updates)
+    if algorithm.optimizer is not None:
+        optimizer = algorithm.optimizer(settings, optimizer)
+    update = make_update(
+        functools.partial(algorithm.objective, settings, network),
+        optimizer,
+        epochs=section.rollout_epochs,
+        num_minibatches=section.num_minibatches,
+        num_microbatches=section.num_microbatches,
+        auxiliary_objective=auxiliary,
+        stop_kl=section.stop_approx_kl,
+        extras=algorithm.extras and functools.partial(algorithm.extras, settings, network),
+    )
+    return sharding.in_place(update), optimizer, schedule
+
+
+def selector(algorithm, settings, mesh):
+    """Jitted (memory, batch, key) -> (memory, batch to train on), or None of a row that trains on what it sampled."""
+    if algorithm.select is None:
+        return None
+    return jax.jit(
+        functools.partial(algorithm.select, settings),
+        donate_argnums=0,
+        out_shardings=(sharding.replicated(mesh), sharding.batch_sharding(mesh)),
+    )
+
+
 def selection(run: Run, section, algorithm, settings, lengths):
     """(jitted select or None, first memory or None, markers of its quantiles or None) of a row that chooses."""
     memory = markers = None
@@ -168,14 +193,7 @@ def selection(run: Run, section, algorithm, settings, lengths):
         room = run.model.config.max_position - sum(lengths) - 1
         markers = Markers.of(run.tokenizer, section.reward_token, section.num_quantiles, room)
         memory = algorithm.memory(settings, markers.padded(run.tokenizer.pad_id), *lengths)
-    if algorithm.select is None:
-        return None, memory, markers
-    select = jax.jit(
-        functools.partial(algorithm.select, settings),
-        donate_argnums=0,
-        out_shardings=(sharding.replicated(run.mesh), sharding.batch_sharding(run.mesh)),
-    )
-    return select, memory, markers
+    return selector(algorithm, settings, run.mesh), memory, markers
 
 
 def example_stream(run: Run, section, updates_a_step: int):

@@ -32,7 +32,7 @@ def kept_logprobs(run, stage: str, sets: dict, make_batch, batch_size: int, iden
             run.console.note(f"{stage}: reference log-probabilities read from {path}")
             return found
         found = None
-        logprobs = jax.jit(lambda base, batch: network.logprobs(base, Role(), batch)[0])
+        logprobs = make_logprobs(network)
         total = sum(len(records) for records in sets.values())
         run.console.note(f"{stage}: reference log-probabilities of {total} records, computed once")
         for name, records in sets.items():
@@ -47,6 +47,11 @@ def kept_logprobs(run, stage: str, sets: dict, make_batch, batch_size: int, iden
                 found = (found or {}) | {name: np.concatenate(parts)[: len(records)]}
     hosts.once(lambda: kept.save(path, made_of, found))
     return found
+
+
+def make_logprobs(network):
+    """Jitted (base, batch) -> [B, G, R] nats under the base."""
+    return jax.jit(lambda base, batch: network.logprobs(base, Role(), batch)[0])
 
 
 def follower(policy: Role, base: dict, mix: float) -> Role:

@@ -78,7 +78,7 @@ class _Stage:
         self.train, self.test = (_encode(run, records, self.kind.group, known) for records in (train, test))
         self.judged = self.test  # what is judged by pairs
         if self.kind.gated:
-            self.gated_readout = _gated_readout(settings, self.scale.names)
+            self.gated_readout = gated_readout(settings, self.scale.names)
             pairs = gate_pairs(run, train, test, self.scale)
             known = Known.of(settings, [*pairs[0], *pairs[1]])
             self.gate_train, self.judged = (_encode(run, part, pairwise_group, known) for part in pairs)
@@ -88,11 +88,7 @@ class _Stage:
     def member(self, number: int) -> tuple[Role, dict | None]:
         """(its role, what it reads of the held-out records)."""
         run, section, kind = self.run, self.section, self.kind
-        rng, depth = run.rng(NAME, number), section.layers or None
-        outputs = kind.outputs(self.scale)
-        head = heads.init_reward(jax.random.fold_in(rng, 1), run.model.config.hidden_size, outputs)
-        role = run.new_role(rng, section.train, run.base, head, depth, section.pooling)
-        role = role.replace(readout=kind.readout(self.settings))
+        role = first_role(run, section, self.settings, kind.outputs(self.scale), number)
         frozen, tail = {"base": run.base}, f"_member_{number}" if number else ""
         role, _, found = fit(
             run,
@@ -114,8 +110,7 @@ class _Stage:
         return role, {"scores": of_pairs["scores"], "outputs": found["outputs"]}
 
     def read(self, role: Role, base, batch) -> dict:
-        scores, outputs = roles.scores_and_outputs(self.run.model, base, role, batch)
-        return {"scores": scores} | ({"outputs": outputs} if role.readout != Readout() else {})
+        return read(self.run.model, role, base, batch)
 
     def accuracy(self, found) -> dict:
         """Held-out pairs, of the kinds whose own loss knows none."""
@@ -223,7 +218,21 @@ class _Stage:
         )
 
 
-def _gated_readout(settings, names) -> Readout:
+def first_role(run: Run, section, settings, outputs: int | None, number: int = 0) -> Role:
+    """A member before training; outputs: of its head, as Kind.outputs has them."""
+    rng, depth = run.rng(NAME, number), section.layers or None
+    head = heads.init_reward(jax.random.fold_in(rng, 1), run.model.config.hidden_size, outputs)
+    role = run.new_role(rng, section.train, run.base, head, depth, section.pooling)
+    return role.replace(readout=KINDS[settings.kind].readout(settings))
+
+
+def read(model, role: Role, base, batch) -> dict:
+    """What is kept of held-out records."""
+    scores, outputs = roles.scores_and_outputs(model, base, role, batch)
+    return {"scores": scores} | ({"outputs": outputs} if role.readout != Readout() else {})
+
+
+def gated_readout(settings, names) -> Readout:
     index = {name: n for n, name in enumerate(names)} | {"tokens": readout.TOKENS, "": None}
     if settings.verbosity not in index:
         raise InputError(

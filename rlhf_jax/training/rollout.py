@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.losses.masking import masked_mean
+from rlhf_jax.models import heads, roles
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import hosts
 from rlhf_jax.rewards import learned
@@ -60,6 +61,15 @@ def make_scorer(network: Network, eos_ids: tuple[int, ...]):
         return scores, {"reward_disagreement": masked_mean(disagreement, batch.weights)}
 
     return scorer
+
+
+def make_values(network: Network):
+    """Jitted (base, value role, batch) -> [B, G, R]: the head at the state that chose each token."""
+    return jax.jit(
+        lambda base, role, batch: heads.apply(
+            role.head, roles.predicting_states(network.model, base, role, batch)
+        )
+    )
 
 
 def make_prepare(algorithm, settings, network: Network):

@@ -16,6 +16,7 @@ from rlhf_jax.data import batching, formats, sources, tiny_corpus
 from rlhf_jax.data.tokenization import load_tokenizer
 from rlhf_jax.errors import InputError
 from rlhf_jax.models import lora, roles, splash
+from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.llama import Llama
 from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import hosts, sharding
@@ -93,6 +94,11 @@ class Run:
     @functools.cached_property
     def _loaded(self):
         config, params = self._load(self.config.model.quantise)
+        self.check_lengths(config)
+        return config, params
+
+    def check_lengths(self, config: LlamaConfig) -> None:
+        """Raises: InputError if what the stages read is longer than the model's context."""
         longest = self.config.data.prompt_tokens + self.config.data.completion_tokens + 1
         if longest > config.max_position:
             raise InputError(
@@ -104,7 +110,6 @@ class Run:
                 f"config.sft.packed_tokens is {self.config.sft.packed_tokens}, more than the model's context of "
                 f"{config.max_position}; lower it."
             )
-        return config, params
 
     @functools.cached_property
     def model(self) -> Llama:

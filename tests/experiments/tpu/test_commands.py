@@ -113,8 +113,8 @@ def test_a_described_scenario_prints_its_sequence(fake, capsys):
         (["launch", *FLAGS, *RUN, "--workdir=x"], "--workdir goes before"),
         (["launch", *FLAGS, *RUN, "--config.ppo.kl_coef=1"], "did you mean ppo.kl_coeff"),
         (
-            ["resume", *FLAGS, "--type=v5litepod-64", *RUN],
-            "fsdp 16 x tensor 1, and v5litepod-64 has 64 chips",
+            ["resume", *FLAGS, "--type=v5litepod-64", *RUN, "--config.mesh.fsdp=8"],
+            "fsdp 8 x tensor 1, and v5litepod-64 has 64 chips",
         ),
         (["resume", *FLAGS, "--dry_run", "--scenario=sunny", *RUN], "'sunny' is not running"),
     ],
