@@ -4,7 +4,9 @@ Nothing is allocated and no TPU is needed, only its compiler (libtpu). Knows fun
 config."""
 
 import dataclasses
+import pathlib
 import re
+import tempfile
 import time
 
 import jax
@@ -92,8 +94,17 @@ def measure(function, arguments: tuple, mesh, where: Slice, trips: int = 1) -> M
 
 def compile_traced(traced, arguments) -> tuple[Memory, str]:
     """(memory, compiled text).  Raises: JaxRuntimeError of the compiler, if it does not fit for one."""
-    compiled = traced.lower().compile()
-    return _memory(compiled, arguments), compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = traced.lower().compile(compiler_options=options)
+        try:
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError:
+            # jaxlib does not read every program that a newer libtpu writes (asynchronous updates of several operands:
+            # 0.10.2 and 0.0.51); the compiler's own words are the same text.
+            (written,) = pathlib.Path(folder).glob("*.after_codegen.txt")
+            text = written.read_text()
+        return _memory(compiled, arguments), text
 
 
 def coordinates(device) -> tuple[int, ...]:
