@@ -20,6 +20,7 @@ PAIRS = (
     ("llama2_7b", "v5e:4x4"),
     ("llama2_70b", "v5p:2x2x2"),
     ("llama2_7b", "v5e:2x2"),
+    ("llama2_70b", "v5p:2x2x1"),
     ("llama2_13b", "v5e:2x4"),
     ("llama2_70b", "v6e:4x4"),
     ("llama2_7b", "v4:2x2x1"),
@@ -31,6 +32,10 @@ PAIRS = (
     ("llama2_70b", "v4:2x2x4"),
     ("llama2_70b", "v5e:8x8"),
 )
+
+
+# Where the config's mesh does not fit so few devices.
+OVERRIDES = {"llama2_70b v5p:2x2x1": ("--config.mesh.tensor=4",)}
 
 
 def main():
@@ -58,6 +63,7 @@ def plan(size: str, topology: str) -> dict:
         "experiments.plan",
         f"--config=configs/ppo.py:{size}",
         f"--topology={topology}",
+        *OVERRIDES.get(f"{size} {topology}", ()),
     ]
     made = subprocess.run([*command, "--stages=ppo", "--json"], check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(made.stdout)
