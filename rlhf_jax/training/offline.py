@@ -118,7 +118,7 @@ def fit(
     count = None
     if apart is None:
         count = utilisation.offline_counter(run.model.config, algorithm, settings, trained)
-    peak, clock = utilisation.of_run(run), Clock()
+    peak_flops, clock = utilisation.peak_of(run, count), Clock()
 
     def step(state, position):
         parts = clock.begin()
@@ -139,7 +139,7 @@ def fit(
 
         def finish():
             flops = None if count is None else count(batch)
-            return utilisation.told(parts, flops, peak.flops), []
+            return utilisation.told(parts, flops, peak_flops), []
 
         return state, StepOutput(metrics, finish)
 

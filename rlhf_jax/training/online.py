@@ -58,7 +58,7 @@ def online(run: Run, name: str) -> None:
     count = utilisation.online_counter(
         run.model.config, section, algorithm, settings, trained, rewards, reward
     )
-    peak, clock = utilisation.of_run(run), Clock()
+    peak_flops, clock = utilisation.peak_of(run, count), Clock()
 
     def step(state, position):
         parts = clock.begin()
@@ -93,7 +93,7 @@ def online(run: Run, name: str) -> None:
                 )
             host, samples = collect.rows(chosen, batch)
             flops = utilisation.online_flops(count, parts, batch, taught, metrics)
-            return host | utilisation.told(parts, flops, peak.flops), samples
+            return host | utilisation.told(parts, flops, peak_flops), samples
 
         return state, StepOutput(metrics, finish)
 

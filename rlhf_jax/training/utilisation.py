@@ -15,11 +15,14 @@ from rlhf_jax.training.algorithms.preference import DPOSettings, KTOSettings, Re
 from rlhf_jax.training.workdir import note_timing
 
 
-def of_run(run) -> peak.Peak:
-    """What the devices of a run reach, left in timing.json."""
-    found = peak.of_devices(run.mesh.devices.flat, run.model.config.dtype)
+def peak_of(run, count: Callable | None) -> float:
+    """FLOP/s that the devices of a run reach, left in timing.json with where it is from. 0 without a count: nothing is
+    measured."""
+    if count is None:
+        return 0.0
+    found = peak.of_devices(run.mesh.devices.flat, run.config.model.dtype)
     note_timing(run.workdir, peak_flops=found.flops, peak_flops_source=found.source)
-    return found
+    return found.flops
 
 
 def told(parts, flops: float | None, peak_flops: float) -> dict[str, float]:
