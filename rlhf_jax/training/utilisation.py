@@ -20,7 +20,7 @@ def peak_of(run, count: Callable | None) -> float:
     measured."""
     if count is None:
         return 0.0
-    found = peak.of_devices(run.mesh.devices.flat, run.config.model.dtype)
+    found = peak.of_devices(run.mesh.devices.flat, run.model.config.dtype)
     note_timing(run.workdir, peak_flops=found.flops, peak_flops_source=found.source)
     return found.flops
 
