@@ -21,16 +21,6 @@ class Shape:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
-    @property
-    def layer_values(self) -> int:
-        """Weights of all layers' matmuls."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
-
-    @property
-    def head_values(self) -> int:
-        return self.vocab_size * self.hidden_size
-
 
 SHAPES = {
     "T": Shape(4096, 256, 4, 4, 4, 688),

@@ -15,6 +15,15 @@ from rlhf_jax.evaluation.verdict import GOLD, PROXY, change_of, mean, verdict
 SIDE_BY_SIDE = 20  # prompts shown, the first ones of the file
 MOMENTS, SAMPLES_A_MOMENT = 6, 3  # samples through training
 
+# The parts of a step, time/... of metrics.jsonl, as the page calls them.
+PARTS = {
+    "rollout": "sampling",
+    "score": "scoring",
+    "update": "update",
+    "evaluate": "evaluation",
+    "other": "idle",
+}
+
 # What a kind of reward model is trained on, where that is not pairs.
 RECORDS = {"classification": "labels", "regression": "ratings", "ranking": "rankings"}
 
@@ -253,9 +262,9 @@ def _through_training(run):
 def _time(run):
     phases = [row for row in as_list(run.timing.get("phases")) if isinstance(row, list) and len(row) >= 2]
     phases = [(str(row[0]), float(row[1])) for row in phases if is_number(row[1])]
-    memory = run.timing.get("peak_memory_bytes")
+    memory, steps = run.timing.get("peak_memory_bytes"), _steps(run)
     if not phases and not is_number(memory):
-        return ""
+        return steps
     total = sum(seconds for _, seconds in phases)
     said = f"{_duration(total)} in all." if phases else ""
     said += f" Peak memory {memory / 2**30:.2f} GiB." if is_number(memory) else ""
@@ -266,7 +275,59 @@ def _time(run):
         f'<span class="seconds">{_duration(seconds)}</span>'
         for name, seconds in phases
     )
-    return f'<p class="lead">{said}</p><div class="time">{bars}</div>'
+    return f'<p class="lead">{said}</p><div class="time">{bars}</div>{steps}'
+
+
+def _steps(run):
+    """What a step of each stage takes and where the time goes. Of all but the first step, which compiles."""
+    rows = [row for stage in run.stages() if (row := _stage_times(run, stage)) is not None]
+    if not rows:
+        return ""
+    lead = (
+        "A step in seconds and where they go, the first step, which compiles, left out. Idle: the devices had nothing "
+        "to do until the next step began."
+    )
+    if any(mfu is not None for *_, mfu in rows):
+        source = run.timing.get("peak_flops_source")
+        of = f" ({source})" if isinstance(source, str) else ""
+        lead += (
+            " MFU, model FLOPs utilisation: the arithmetic that no program could leave out, as a share of what the "
+            f"devices{of} reach when they only multiply matrices; evaluation is not in it."
+        )
+    share = lambda x: page.cell("–" if x is None else f"{100 * x:.{0 if x >= 0.0995 else 1}f}%", "number")
+    body = [
+        [
+            page.cell(stage),
+            page.number_cell(seconds),
+            *map(share, shares),
+            page.number_cell(speed),
+            share(mfu),
+        ]
+        for stage, seconds, shares, speed, mfu in rows
+    ]
+    names = ("seconds a step", *PARTS.values(), "tokens/s", "MFU")
+    table = page.table([("stage", ""), *((name, "number") for name in names)], body)
+    return f'<h3>A step of each stage</h3><p class="lead">{page.escape(lead)}</p>{table}'
+
+
+def _stage_times(run, stage):
+    """(stage, seconds a step, share of each of PARTS or None, tokens a second, MFU or None); None: nothing is known."""
+    of = lambda name: dict(zip(*run.series(stage, name), strict=True))
+    seconds, speed, mfu = of("step_seconds"), of("tokens_per_second"), of("mfu")
+    after = sorted(seconds)[1:]
+    parts = {part: [of(f"time/{part}").get(step, 0.0) for step in after] for part in PARTS}
+    total = sum(map(sum, parts.values()))
+    if not total > 0:
+        return None
+    shares = [sum(times) / total if any(times) else None for times in parts.values()]
+    whole = sum(seconds[step] for step in after)
+    made = sum(seconds[step] * speed.get(step, 0.0) for step in after)
+    # Of all the time together, so that a long step counts as long as it was.
+    own = [sum(times) for times in zip(*(parts[part] for part in PARTS if part != "evaluate"), strict=True)]
+    known = [(mfu[step], spent) for step, spent in zip(after, own, strict=True) if step in mfu]
+    weight = sum(spent for _, spent in known)
+    used = sum(share * spent for share, spent in known) / weight if weight > 0 else None
+    return stage, whole / len(after), shares, made / whole if speed and whole > 0 else None, used
 
 
 def _duration(seconds):

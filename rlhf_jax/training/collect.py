@@ -16,6 +16,7 @@ from rlhf_jax.parallel import hosts
 from rlhf_jax.rewards import rules
 from rlhf_jax.training import rollout
 from rlhf_jax.training.algorithms import Algorithm, Network
+from rlhf_jax.training.clock import UNTIMED
 from rlhf_jax.training.run import Run
 from rlhf_jax.training.scoring import Rewards
 
@@ -55,7 +56,7 @@ class Collector:
             self.teaches = jax.jit(functools.partial(algorithm.teaches, settings))
         self.values_of = rollout.make_values(network)
 
-    def __call__(self, state, chosen, key, more=None, *, from_reference=False):
+    def __call__(self, state, chosen, key, more=None, *, from_reference=False, parts=UNTIMED):
         """(prompts that it is of, batch, metrics).
 
         Args:
@@ -63,28 +64,30 @@ class Collector:
           more: n -> (as many other prompts, key), pure in n < settings.max_refills: groups that teach nothing are
             replaced by groups of these. None: no group is.
           from_reference: the base's completions in the place of the policy's.
+          parts: of the step, on a Clock: `rollout`, whose outputs are the masks of what is sampled, and `score`.
         """
-        batch, metrics = self.scored(state, chosen, key, from_reference)
+        batch, metrics = self.scored(state, chosen, key, from_reference, parts)
         if self.max_refills and more is not None:
             # How good the policy is, before what it has learned already is left out; the rest of the metrics is of
             # what is trained on.
             first = masked_mean(batch.scores, batch.weights * jnp.isfinite(batch.scores))
-            chosen, batch, told = self.refill(state, chosen, batch, more)
+            chosen, batch, told = self.refill(state, chosen, batch, more, parts)
             metrics = {"reward": first} | metrics | told
         frozen = {"base": self.run.base}
         if self.settings.reads_policy:
             frozen["policy"] = state.trained["policy"]
         batch, prepared = self.prepare(frozen, state.controllers, batch)
+        parts.mark("score", prepared)
         # Rewards are told as they come: normalised ones have the mean 0 whatever the policy does.
         return chosen, batch, prepared | metrics
 
-    def refill(self, state, chosen, batch, more):
+    def refill(self, state, chosen, batch, more, parts=UNTIMED):
         """(prompts, batch, metrics) with groups that teach in the place of those that do not, while there are any."""
         good, refills = np.array(hosts.gather(self.teaches(batch))), 0
         metrics = {"zero_variance_fraction": 1 - good.mean()}
         while not good.all() and refills < self.max_refills:
             others, key = more(refills)
-            extra, _ = self.scored(state, others, key)
+            extra, _ = self.scored(state, others, key, parts=parts)
             source = np.arange(len(good))
             found = np.flatnonzero(hosts.gather(self.teaches(extra)))
             replaced = np.flatnonzero(~good)[: len(found)]
@@ -93,23 +96,26 @@ class Collector:
             chosen, refills = [[*chosen, *others][i] for i in source], refills + 1
         return chosen, batch, metrics | {"refills": refills, "filled_fraction": good.mean()}
 
-    def scored(self, state, chosen, key, from_reference=False):
+    def scored(self, state, chosen, key, from_reference=False, parts=UNTIMED):
         """(batch with scores, metrics of their components)."""
         size = self.section.batch_size
         filled = [*chosen, *chosen[-1:] * (size - len(chosen))]
-        batch = self.sample(state, filled, key, from_reference)
+        batch = self.sample(state, filled, key, from_reference, parts)
         if len(chosen) < size:
             real = np.arange(size)[:, None] < len(chosen)
             batch = batch.replace(weights=batch.weights * real)
         scores, metrics = self.score(state, filled, batch)
+        parts.mark("score", scores)
         if self.algorithm.greedy_baseline:
             policy, arrays = state.trained["policy"], self.arrays(filled)
             greedy = rollout.greedy(self.network, self.run.base, policy, arrays, self.sampling)
+            parts.mark("rollout", (greedy.prompt_mask, greedy.completion_mask))
             baseline, _ = self.score(state, filled, greedy)  # what is told is of the samples
+            parts.mark("score", baseline)
             batch = batch.replace(greedy=greedy.replace(scores=baseline))
         return batch.replace(scores=scores), metrics
 
-    def sample(self, state, chosen, key, from_reference=False):
+    def sample(self, state, chosen, key, from_reference=False, parts=UNTIMED):
         """Completions with log-probabilities, and values if there is a value role."""
         policy, value = state.trained["policy"], state.trained.get("value")
         shared = value is not None and self.section.value == "shared"
@@ -121,6 +127,7 @@ class Collector:
             asked = self.arrays(chosen, self.suffix)
         prompts = self.arrays(chosen)
         batch = rollout.sample(self.network, base, policy, prompts, key, self.sampling, head, asked)
+        parts.mark("rollout", (batch.prompt_mask, batch.completion_mask))
         if value is not None and not shared:
             batch = batch.replace(old_values=self.values_of(base, value, batch))
         return batch

@@ -13,10 +13,11 @@ from rlhf_jax.data import batching, formats, packing
 from rlhf_jax.errors import InputError
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
-from rlhf_jax.training import constitution
+from rlhf_jax.training import constitution, utilisation
 from rlhf_jax.training import reference as references
 from rlhf_jax.training import state as states
 from rlhf_jax.training.algorithms import ALGORITHMS, Algorithm
+from rlhf_jax.training.clock import Clock
 from rlhf_jax.training.loop import StepOutput, train
 from rlhf_jax.training.run import Run, all_dropped, announce, optimizer_of, resumable, settings_of
 from rlhf_jax.training.update import make_update
@@ -114,12 +115,19 @@ def fit(
         follower = references.follower(trained["policy"], frozen["base"], settings.reference_sync_mix)
     measure = make_measure(objective, read)
 
+    count = None
+    if apart is None:
+        count = utilisation.offline_counter(run.model.config, algorithm, settings, trained)
+    peak_flops, clock = utilisation.peak_of(run, count), Clock()
+
     def step(state, position):
+        parts = clock.begin()
         indices = data.indices(position)
         batch = make_batch([records[i] for i in indices])
         if ref_logprobs:
             batch = batch.replace(ref_logprobs=ref_logprobs["train"][indices])
         state, metrics = update(state, frozen, run.put(batch))
+        parts.mark("update", metrics)
         metrics = metrics | {"learning_rate": schedule(position)}
         if packed_tokens:
             metrics["tokens"] = float((batch.segments > 0).sum())
@@ -128,7 +136,12 @@ def fit(
             metrics["tokens"] = float(batch.mask.sum())
         else:
             metrics["tokens"] = float(batch.prompt_mask.sum() + batch.completion_mask.sum())
-        return state, StepOutput(metrics)
+
+        def finish():
+            flops = None if count is None else count(batch)
+            return utilisation.told(parts, flops, peak_flops), []
+
+        return state, StepOutput(metrics, finish)
 
     def held_out_pass(state):
         parts, size = [], section.batch_size
@@ -154,9 +167,12 @@ def fit(
         means = {
             n: sum(float(weight * metrics[n]) for weight, metrics, _ in parts) / max(total, 1) for n in names
         }
-        return means | (judge(readings(parts)) if parts else {})
+        if parts:
+            means |= judge(readings(parts))
+            clock.current.mark("evaluate")
+        return means
 
-    with meshes.activate(run.mesh):
+    with meshes.activate(run.mesh), clock:
         state = states.create(
             trained,
             optimizer,

@@ -15,7 +15,9 @@ from rlhf_jax.models.roles import Role
 from rlhf_jax.parallel import hosts, sharding
 from rlhf_jax.parallel import mesh as meshes
 from rlhf_jax.training import state as states
+from rlhf_jax.training import utilisation
 from rlhf_jax.training.algorithms import ALGORITHMS
+from rlhf_jax.training.clock import Clock
 from rlhf_jax.training.collect import Collector
 from rlhf_jax.training.loop import StepOutput, train
 from rlhf_jax.training.markers import Markers
@@ -53,7 +55,13 @@ def online(run: Run, name: str) -> None:
     suffix = markers.best if markers else ()
     collect = Collector(run, section, algorithm, settings, network, rewards, reward, suffix)
 
+    count = utilisation.online_counter(
+        run.model.config, section, algorithm, settings, trained, rewards, reward
+    )
+    peak_flops, clock = utilisation.peak_of(run, count), Clock()
+
     def step(state, position):
+        parts = clock.begin()
         chosen = data.batch(position)
 
         def more(n):
@@ -62,13 +70,15 @@ def online(run: Run, name: str) -> None:
             return data.batch(section.steps + n), jax.random.fold_in(jax.random.fold_in(rng, 5), n)
 
         key = jax.random.fold_in(jax.random.fold_in(rng, 2), position)
-        chosen, batch, metrics = collect(state, chosen, key, more, from_reference=position < first_steps)
+        first = position < first_steps
+        chosen, batch, metrics = collect(state, chosen, key, more, from_reference=first, parts=parts)
         taught = batch
         if select is not None:
             key = jax.random.fold_in(jax.random.fold_in(rng, 6), position)
             memory, taught = select(state.memory, batch, key)
             state = state.replace(memory=memory)
         state, update_metrics = update(state, frozen, taught, rows_of(position))
+        parts.mark("update", update_metrics)
         metrics |= update_metrics | {"learning_rate": schedule(position * updates_a_step)}
         if algorithm.control is not None:
             controllers = algorithm.control(settings, state.controllers, metrics, batch.weights.size)
@@ -81,7 +91,9 @@ def online(run: Run, name: str) -> None:
                     f"{name}, step {position + 1}: before its first update the policy differs from the one that "
                     f"sampled by a ratio of {gap:.2g} (rounding stays below {limit}): sampler and trainer disagree."
                 )
-            return collect.rows(chosen, batch)
+            host, samples = collect.rows(chosen, batch)
+            flops = utilisation.online_flops(count, parts, batch, taught, metrics)
+            return host | utilisation.told(parts, flops, peak_flops), samples
 
         return state, StepOutput(metrics, finish)
 
@@ -96,6 +108,7 @@ def online(run: Run, name: str) -> None:
             metrics = hosts.gather(metrics) | collect.rows(chosen, batch)[0]
             for name, value in metrics.items():
                 total[name] = total.get(name, 0.0) + float(value) * len(chosen) / len(held_out)
+        clock.current.mark("evaluate")
         return {name: value for name, value in total.items() if name in EVALUATED}
 
     def start(state):
@@ -117,7 +130,7 @@ def online(run: Run, name: str) -> None:
         return state
 
     controllers = first_controllers(algorithm, settings)
-    with rewards, meshes.activate(run.mesh):
+    with rewards, clock, meshes.activate(run.mesh):
         state = states.create(trained, optimizer, rng, controllers, run.model.config, run.mesh, memory=memory)
         announce(
             run, name, trained, f"{section.batch_size} prompts x {section.num_completions} completions a step"

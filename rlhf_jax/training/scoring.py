@@ -92,6 +92,11 @@ class Rewards(contextlib.AbstractContextManager):
         (first, *others), learned_alone = self.components, self._functions == [None]
         return learned_alone and not others and first == mixture.Component(LEARNED)
 
+    @property
+    def by_model(self) -> bool:
+        """Whether a model other than the run's reward model takes part."""
+        return any(isinstance(function, ModelFunction) for function in self._functions)
+
     def check_fields(self, prompts: list) -> None:
         """Raises: InputError if a function needs a field that no record of the prompts has, or a model is not there."""
         for function in self._functions:

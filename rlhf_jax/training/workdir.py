@@ -143,19 +143,25 @@ def phase(workdir: str, name: str):
     try:
         yield
     finally:
-        path = os.path.join(workdir, "timing.json")
-        timing = {"phases": [], "peak_memory_bytes": 0}
-        with contextlib.suppress(OSError, ValueError):  # a damaged one is begun anew: times end no run
-            with open(path, encoding="utf-8") as file:
-                timing = json.load(file)
+        timing = _timing(workdir)
         seconds = dict(timing["phases"])
         seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 2)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        timing = {
-            "phases": list(seconds.items()),
-            "peak_memory_bytes": max(peak, timing["peak_memory_bytes"]),
-        }
-        write_json(path, timing)
+        memory = max(peak, timing["peak_memory_bytes"])
+        note_timing(workdir, phases=list(seconds.items()), peak_memory_bytes=memory)
+
+
+def note_timing(workdir: str, **figures) -> None:
+    """Into timing.json, in the place of those of the same names."""
+    write_json(os.path.join(workdir, "timing.json"), _timing(workdir) | figures)
+
+
+def _timing(workdir: str) -> dict:
+    timing = {"phases": [], "peak_memory_bytes": 0}
+    with contextlib.suppress(OSError, ValueError):  # a damaged one is begun anew: times end no run
+        with open(os.path.join(workdir, "timing.json"), encoding="utf-8") as file:
+            timing = json.load(file)
+    return timing
 
 
 def read_json(path: str):

@@ -46,6 +46,14 @@ def good_rl(count=60):
         explained_variance=rising(count, -0.2, 0.6),
         clip_fraction=0.05,
         completion_length=20.0,
+        mfu=0.25,
+        **{
+            "time/rollout": 1.0,
+            "time/score": 0.5,
+            "time/update": 2.0,
+            "time/other": 0.5,
+            "step_seconds": 4.0,
+        },
     )
 
 
@@ -110,7 +118,11 @@ def fill(path):
         "config": {"model": ATTACK, "stages": ["reward_model", "ppo"]},
         "evaluation": evaluation(),
         "environment": {"versions": {"jax": "0.10.2"}, "seed": 0},
-        "timing": {"phases": [["reward model", 61.0], [ATTACK, 3.0]], "peak_memory_bytes": 2**31},
+        "timing": {
+            "phases": [["reward model", 61.0], [ATTACK, 3.0]],
+            "peak_memory_bytes": 2**31,
+            "peak_flops_source": ATTACK,
+        },
         "reward_model": {
             "train_pairs": 1000,
             "held_out_pairs": 200,

@@ -156,6 +156,44 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path):
     assert "Training the policy (ppo)" in words
 
 
+def test_a_step_is_told_by_its_parts_without_the_first(tmp_path):
+    """An update of 3 s at 40% and one of 1 s at 20%, with an evaluation and idle time between; the first compiled."""
+    rows = [
+        {"step": 1, "step_seconds": 60.0, "time/rollout": 20.0, "time/update": 40.0, "mfu": 0.01},
+        {
+            "step": 2,
+            "step_seconds": 5.0,
+            "time/rollout": 1.0,
+            "time/update": 2.0,
+            "time/evaluate": 2.0,
+            "mfu": 0.4,
+        },
+        {
+            "step": 3,
+            "step_seconds": 1.0,
+            "time/rollout": 0.25,
+            "time/update": 0.5,
+            "time/other": 0.25,
+            "mfu": 0.2,
+        },
+    ]
+    speed = (1.0, 10.0, 70.0)
+    rows = [{"stage": "ppo", "tokens_per_second": s, **row} for row, s in zip(rows, speed, strict=True)]
+    rows += [{"stage": "dpo", "step": n, "step_seconds": 2.0, "time/update": 2.0} for n in (1, 2)]
+    rows += [{"stage": "old", "step": n, "step_seconds": 2.0} for n in (1, 2)]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    (tmp_path / "timing.json").write_text(json.dumps({"phases": [], "peak_flops_source": "4 x v5e"}))
+    text = page_of(tmp_path)
+    section = text[text.index('<section id="time">') : text.index('<section id="details">')]
+    cells = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in section.split("<tr>")[2:]]
+    assert cells == [
+        # 6 s in two steps: 1.25, no score, 2.5, 2 and 0.25; 120 tokens; (3 * 0.4 + 1 * 0.2) / 4.
+        ["ppo", "3.00", "21%", "–", "42%", "33%", "4.2%", "20.0", "35%"],
+        ["dpo", "2.00", "–", "–", "100%", "–", "–", "–", "–"],
+    ]
+    assert "4 x v5e" in section and "Idle" in section
+
+
 def test_other_rl_stages_are_known_by_their_kl(tmp_path):
     write_lines(tmp_path / "metrics.jsonl", [{**row, "stage": "grpo"} for row in good_rl()])
     run = load_run(tmp_path)

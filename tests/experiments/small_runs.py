@@ -154,7 +154,12 @@ def stop_after_each_step(monkeypatch, module=online):
 def timeless(workdir, stage):
     """The metrics of a stage without what depends on the clock."""
     rows = [m for m in read_metrics(workdir / "metrics.jsonl") if m["stage"] == stage]
-    return [{name: value for name, value in m.items() if name not in CLOCK} for m in rows]
+    return [without_clock(m) for m in rows]
 
 
-CLOCK = ("time", "step_seconds", "tokens_per_second")
+def without_clock(row):
+    """A row of metrics.jsonl without what differs from one run to the next."""
+    return {name: v for name, v in row.items() if name not in CLOCK and not name.startswith("time/")}
+
+
+CLOCK = ("time", "step_seconds", "tokens_per_second", "mfu")

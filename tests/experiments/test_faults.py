@@ -12,6 +12,8 @@ import time
 import numpy as np
 import pytest
 
+from tests.experiments.small_runs import without_clock
+
 SMALL = [
     "--config=configs/pipeline.py:tiny",
     "--config.sft.steps=6",
@@ -27,7 +29,6 @@ SMALL = [
     "--config.logging.log_every_steps=1",
     "--config.logging.save_every_steps=1",
 ]
-CLOCK = ("time", "step_seconds", "tokens_per_second")
 
 
 def start(workdir):
@@ -63,7 +64,7 @@ def assert_same(one, other):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], err_msg=f"{stage} {name}")
     rows = [[json.loads(line) for line in open(run / "metrics.jsonl")] for run in (one, other)]
-    plain = [[{k: v for k, v in row.items() if k not in CLOCK} for row in side] for side in rows]
+    plain = [[without_clock(row) for row in side] for side in rows]
     assert plain[0] == plain[1]
     assert (one / "eval_results_tuned.jsonl").read_text() == (other / "eval_results_tuned.jsonl").read_text()
 

@@ -13,8 +13,8 @@ from rlhf_jax.errors import InputError, Interrupted
 from rlhf_jax.training import offline
 from rlhf_jax.training.metrics import read_metrics
 from rlhf_jax.training.run import Run
+from tests.experiments.small_runs import without_clock
 
-CLOCK = ("time", "step_seconds", "tokens_per_second")
 TEXT = "The film was good and the food was not. "
 
 
@@ -65,10 +65,7 @@ def test_packed_sft_resumes_with_the_same_bits(sft, monkeypatch, capsys):
             sft("broken", *changes)
     monkeypatch.undo()
     broken = sft("broken", *changes)
-    one, other = (
-        [{k: v for k, v in m.items() if k not in CLOCK} for m in read_metrics(w / "metrics.jsonl")]
-        for w in (whole, broken)
-    )
+    one, other = ([without_clock(row) for row in read_metrics(w / "metrics.jsonl")] for w in (whole, broken))
     assert one == other and [m["step"] for m in one] == [1, 2, 3]
     assert all(0.6 < m["fill_fraction"] <= 1 and m["skipped_updates"] == 0 for m in one)
     adapters = [load_file(w / "roles" / "sft" / "adapter_model.safetensors") for w in (whole, broken)]

@@ -43,6 +43,7 @@ def test_every_file_of_the_contract_is_there(finished):
                  "grad_norm", "learning_rate", "tokens_per_second", "eval/reward", "eval/gold_reward",
                  "eval/kl"):  # fmt: skip
         assert math.isfinite(last[name]), name
+    assert_times(metrics, json.loads((finished / "timing.json").read_text()))
     sides = [
         [json.loads(line) for line in open(finished / f"eval_results_{s}.jsonl")]
         for s in ("untuned", "tuned")
@@ -50,6 +51,25 @@ def test_every_file_of_the_contract_is_there(finished):
     assert [row["inputs"] for row in sides[0]] == [row["inputs"] for row in sides[1]] and len(sides[0]) == 16
     assert set(sides[0][0]) == {"inputs", "prediction"}
     assert set(sides[0][0]["inputs"]) == {"inputs_pretokenized", "targets_pretokenized"}
+
+
+def assert_times(metrics, timing):
+    """Every step says where its time went: never more of it than went by from the first step to the last."""
+    for stage, parts in (
+        ("sft", {"update"}),
+        ("reward_model", {"update"}),
+        ("ppo", {"rollout", "score", "update"}),
+    ):
+        rows, shared = [m for m in metrics if m["stage"] == stage], {f"time/{part}" for part in parts}
+        times = [{name: s for name, s in m.items() if name.startswith("time/")} for m in rows]
+        assert set(times[0]) == shared, stage
+        assert all(set(one) - {"time/evaluate"} == shared | {"time/other"} for one in times[1:]), stage
+        assert set(times[-1]) >= ({"time/evaluate"} if stage != "sft" else set())
+        assert all(seconds >= 0 for one in times for seconds in one.values())
+        by_hand = sum(sum(one.values()) for one in times)
+        assert by_hand <= sum(m["step_seconds"] for m in rows) + 0.05, stage
+        assert all(0 < m["mfu"] < 1 for m in rows), stage
+    assert timing["peak_flops"] > 0 and timing["peak_flops_source"].startswith("1 x cpu, float32")
 
 
 def test_the_first_update_of_a_rollout_starts_at_ratio_one(finished):

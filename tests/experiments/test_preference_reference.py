@@ -12,9 +12,9 @@ from rlhf_jax.checkpoints import kept
 from rlhf_jax.errors import Interrupted
 from rlhf_jax.training import offline, stages
 from rlhf_jax.training.metrics import read_metrics
+from tests.experiments.small_runs import without_clock
 
 STEPS = 4
-CLOCK = ("time", "step_seconds", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +55,7 @@ def tune(where, name, *more, pairs="pairs.jsonl"):
 
 
 def rows(workdir):
-    return [
-        {k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(workdir / "metrics.jsonl")
-    ]
+    return [without_clock(row) for row in read_metrics(workdir / "metrics.jsonl")]
 
 
 def assert_same(one, other, rtol=1e-6):
