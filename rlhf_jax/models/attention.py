@@ -25,10 +25,15 @@ class GroupContext:
 
 @flax.struct.dataclass
 class DecodeContext:
-    """One new token for each of G completions, the `step`-th of them, against prompt and completion caches."""
+    """One new token for each of G completions, against prompt and completion caches.
+
+    The R columns of the completion caches are a ring: all completions write the `step`-th token of the loop into column
+    step % R, wherever in a completion it stands, so that one write does for all.
+    """
 
     prompt_mask: jax.Array  # [B, P]
     step: jax.Array  # int32 scalar
+    age: jax.Array  # [B, G], or [1, 1] if it is the same for all: tokens that the completion has before this one, < R
 
 
 def rotary_tables(positions, config: LlamaConfig):
@@ -98,7 +103,8 @@ def group_attention(q_BSHC, k_BSKC, v_BSKC, context: GroupContext):
 
 
 def decode_attention(q_BGHC, prompt_keys, prompt_values, own_keys, own_values, context: DecodeContext):
-    """One query a completion, against the prompt's cache [B, K, P, C] and its own [B, G, K, R, C] up to `step`."""
+    """One query a completion, against the prompt's cache [B, K, P, C] and its own [B, G, K, R, C]: the last age + 1
+    columns of the ring."""
     B, G, _, C = q_BGHC.shape
     K, P = prompt_keys.shape[1:3]
     R = own_keys.shape[3]
@@ -106,9 +112,16 @@ def decode_attention(q_BGHC, prompt_keys, prompt_values, own_keys, own_values, c
     scores = jnp.concatenate(
         [_wide("bgkmc,bkpc->bgkmp", q, prompt_keys), _wide("bgkmc,bgkrc->bgkmr", q, own_keys)], -1
     )
+    ago = (context.step - jnp.arange(R)) % R
+    own = ago[None, None] <= context.age[..., None]
+    each = (B, own.shape[1])
     allowed = jnp.concatenate(
-        [context.prompt_mask > 0, jnp.broadcast_to(jnp.arange(R) <= context.step, (B, R))], -1
-    )[:, None, None, None, :]
+        [
+            jnp.broadcast_to((context.prompt_mask > 0)[:, None], (*each, P)),
+            jnp.broadcast_to(own, (*each, R)),
+        ],
+        -1,
+    )[:, :, None, None, :]
     share = _softmax(scores, allowed, q.dtype)
     out = _wide("bgkmp,bkpc->bgkmc", share[..., :P], prompt_values)
     out = out + _wide("bgkmr,bgkrc->bgkmc", share[..., P:], own_values)

@@ -188,13 +188,18 @@ class Llama(nn.Module):
         """(hidden [B, P, D], prompt cache: keys and values [L, B, K, P, C])."""
         return self._run(prompt_ids, _positions(prompt_mask), GroupContext(prompt_mask), adapters)
 
-    def decode(self, token_ids, prompt_mask, step, prompt_cache, cache, adapters=None):
-        """The `step`-th completion tokens [B, G] -> (hidden [B, G, D], cache [L, B, G, K, R, C] with them in it)."""
-        positions = (prompt_mask.sum(-1)[:, None] + step) + jnp.zeros_like(token_ids)
+    def decode(self, token_ids, prompt_mask, step, prompt_cache, cache, adapters=None, age=None):
+        """Completion tokens [B, G] -> (hidden [B, G, D], cache [L, B, G, K, R, C] with them in column step % R).
+
+        age: [B, G], how many tokens each completion has before this one, all decoded in the steps just before; None:
+          they are the `step`-th of all.
+        """
+        age = jnp.reshape(step, (1, 1)) if age is None else age
+        positions = prompt_mask.sum(-1)[:, None] + jnp.broadcast_to(age, token_ids.shape)
         return self._run(
             token_ids,
             positions,
-            DecodeContext(prompt_mask, step),
+            DecodeContext(prompt_mask, step, age),
             adapters,
             cache=cache,
             prompt_cache=prompt_cache,
@@ -242,12 +247,12 @@ def empty_cache(config: LlamaConfig, B: int, G: int, R: int):
 
 
 def _decode(q, k, v, cache, layer, context):
-    # The caches of all layers travel in the carry and are written at [layer, :, :, :, step]: in place. As scanned
+    # The caches of all layers travel in the carry and are written at [layer, :, :, :, column]: in place. As scanned
     # inputs and outputs they would be copied whole for every token.
-    at = layer["index"]
+    at, column = layer["index"], context.step % cache[0].shape[4]
     keys, values = (
         jax.lax.dynamic_update_slice(
-            whole, new[None, :, :, :, None].astype(whole.dtype), (at, 0, 0, 0, context.step, 0)
+            whole, new[None, :, :, :, None].astype(whole.dtype), (at, 0, 0, 0, column, 0)
         )
         for whole, new in zip(cache, (k, v), strict=True)
     )

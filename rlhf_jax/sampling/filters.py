@@ -51,7 +51,7 @@ def within(logits, vocab_size: int | None):
 
 
 def forbid(logits, token_ids: tuple[int, ...], when):
-    """[N, V] with the columns of `token_ids` at -inf where `when` (a scalar) holds."""
+    """[N, V] with the columns of `token_ids` at -inf where `when` (a scalar, or [N, 1]) holds."""
     if not token_ids:
         return logits
     blocked = jnp.zeros(logits.shape[-1], bool).at[jnp.array(token_ids)].set(True)

@@ -1,10 +1,12 @@
 """The sampler: prefill each prompt once, decode its G completions in one jitted loop that stops when all are done.
+All at once or some at a time (slots.py): what is sampled is the same.
 
 Returns the log-probabilities of what was sampled, and a head's values if one is given, so that nobody has to
 compute them again. Knows no algorithm."""
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from rlhf_jax.models import heads, lora, placement
 from rlhf_jax.models.llama import Llama, empty_cache
 from rlhf_jax.models.roles import last_state
 from rlhf_jax.parallel import sharding
-from rlhf_jax.sampling import filters
+from rlhf_jax.sampling import filters, slots
 from rlhf_jax.types import Completions
 
 
@@ -33,6 +35,8 @@ class SamplingConfig:
     min_new_tokens: int = 0  # no end token before so many others
     pad_id: int = 0  # written after the end
     vocab_size: int | None = None  # ids from here on are padding of the embedding and never sampled
+    slots: int = 0  # completions that are decoded together, while others wait for one to end; 0: all
+    shrinks: bool = False  # whether what is left goes on as a smaller batch, when three quarters have ended
 
     def __post_init__(self):
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))  # a list could not be a static argument
@@ -47,6 +51,7 @@ class SamplingConfig:
             "min_new_tokens must be between 0 and max_new_tokens": 0
             <= self.min_new_tokens
             <= self.max_new_tokens,
+            "slots must be 0 (all at once) or more": self.slots >= 0,
         }
         for message, fine in checks.items():
             if not fine:
@@ -70,69 +75,59 @@ def generate(
     """
     c = sampling_config
     B, G, R = prompt_ids.shape[0], c.num_completions, c.max_new_tokens
+    ways = placement.ways("batch") if B % placement.ways("batch") == 0 else 1
+    n = B * G // ways  # completions a way
     apply = functools.partial(model.apply, {"params": params})
-    keys = jax.vmap(lambda i: jax.random.fold_in(rng, i))(jnp.arange(B * G))
 
-    hidden, prompt_cache = apply(prompt_ids, prompt_mask, adapters, method=Llama.prefill)
-    first = jnp.broadcast_to(last_state(hidden, prompt_mask)[:, None], (B, G, hidden.shape[-1]))
-    with sharding.decoding(model.config, B * G):
-        at_hand = None if adapters is None else lora.gathered(adapters)
-    cache = empty_cache(model.config, B, G, R)
-
-    def choose(hidden, step, seen):
-        with sharding.decoding(model.config, B * G):
-            logits = apply(hidden.reshape(B * G, -1), method=Llama.logits).astype(jnp.float32)
+    def choose(hidden, own):
+        """((tokens, log-probabilities, values) of the slots `own`, from their states [S, D], slots)."""
+        with sharding.decoding(model.config, len(hidden)):
+            logits = apply(hidden, method=Llama.logits).astype(jnp.float32)
         logits = placement.constrain(logits, "draws", None)
         scaled = allowed = logits / (c.temperature or 1.0)
+        step, seen = own.step + 1, own.seen
         if seen is not None:
             allowed = filters.penalise(logits, seen, c.repetition_penalty) / (c.temperature or 1.0)
         allowed = filters.within(allowed, c.vocab_size)
         if c.min_new_tokens:
-            allowed = filters.forbid(allowed, c.eos_ids, step < c.min_new_tokens)
+            allowed = filters.forbid(allowed, c.eos_ids, (step < c.min_new_tokens)[:, None])
         if c.temperature == 0:
             tokens = jnp.argmax(allowed, axis=-1).astype(jnp.int32)
         else:
             allowed = filters.restrict(allowed, top_k=c.top_k, top_p=c.top_p, min_p=c.min_p)
-            tokens = filters.draw(allowed, jax.vmap(lambda key: jax.random.fold_in(key, step))(keys))
+            of_all = own.number + jnp.repeat(jnp.arange(ways) * n, len(hidden) // ways)
+            key = lambda number, step: jax.random.fold_in(jax.random.fold_in(rng, number), step)
+            tokens = filters.draw(allowed, jax.vmap(key)(of_all, step))
         chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
         logprobs = chosen - jax.nn.logsumexp(scaled, axis=-1)
         values = None if head is None else heads.apply(head, hidden)
-        return tokens.reshape(B, G), logprobs.reshape(B, G), values
-
-    def record(made, step, hidden, seen):
-        """Write the step's tokens into the columns; rows that ended before write pad and mask 0."""
-        tokens, logprobs, values = choose(hidden, step, seen)
         if seen is not None:
-            seen = seen.at[jnp.arange(B * G), tokens.ravel()].set(True)
-        live = ~made.finished
-        tokens = jnp.where(live, tokens, c.pad_id)
-        put = lambda whole, new: jax.lax.dynamic_update_index_in_dim(whole, new.astype(whole.dtype), step, 2)
-        ended = jnp.any(tokens[..., None] == jnp.array(c.eos_ids, jnp.int32)[None, None], axis=-1)
-        made = Completions(
-            ids=put(made.ids, tokens),
-            mask=put(made.mask, live),
-            logprobs=put(made.logprobs, jnp.where(live, logprobs, 0.0)),
-            finished=made.finished | (live & ended),
-            values=None if values is None else put(made.values, jnp.where(live, values, 0.0)),
-        )
-        return tokens, made, seen
+            seen = seen.at[jnp.arange(len(seen)), tokens].set(True)
+        return (tokens, logprobs, values), own.replace(seen=seen)
 
-    def advance(carry):
-        step, tokens, made, seen, cache = carry
-        with sharding.decoding(model.config, B * G):
+    def record(state, hidden, column):
+        drawn, own = choose(hidden.reshape(-1, hidden.shape[-1]), state.slots)
+        return slots.record(state.replace(slots=own), column, drawn, c.eos_ids, c.pad_id)
+
+    def advance(state, in_place=False):
+        """Every slot by one token. in_place: all completions are in their first places, and at the same token."""
+        clock, own = state.clock, state.slots
+        shape = own.cache[0].shape[1:3]
+        tokens, age = own.tokens.reshape(shape), None if in_place else own.step.reshape(shape)
+        with sharding.decoding(model.config, tokens.size):
             hidden, cache = apply(
-                tokens, prompt_mask, step - 1, prompt_cache, cache, at_hand, method=Llama.decode
+                tokens, own.prompt_mask, clock, own.prompt_cache, own.cache, at_hand, age, method=Llama.decode
             )
-        tokens, made, seen = record(made, step, hidden, seen)
-        return step + 1, tokens, made, seen, cache
+        state = state.replace(slots=own.replace(cache=cache), clock=clock + 1)
+        return record(state, hidden, clock + 1 if in_place else None)
 
-    empty = Completions(
-        ids=jnp.full((B, G, R), c.pad_id, jnp.int32),
-        mask=jnp.zeros((B, G, R), jnp.int32),
-        logprobs=jnp.zeros((B, G, R), jnp.float32),
-        finished=jnp.zeros((B, G), bool),
-        values=None if head is None else jnp.zeros((B, G, R), jnp.float32),
-    )
+    def with_cache(state, X, Y):
+        return state.replace(slots=state.slots.replace(cache=empty_cache(model.config, X, Y, R)))
+
+    hidden, prompt_cache = apply(prompt_ids, prompt_mask, adapters, method=Llama.prefill)
+    with sharding.decoding(model.config, B * G):
+        at_hand = None if adapters is None else lora.gathered(adapters)
+    first = jnp.broadcast_to(last_state(hidden, prompt_mask)[:, None], (B, G, hidden.shape[-1]))
     seen = None
     if c.repetition_penalty != 1.0:
         V = model.config.vocab_size
@@ -140,6 +135,26 @@ def generate(
         ids = jnp.where(prompt_mask > 0, prompt_ids, V)
         seen = jnp.zeros((B, V + 1), bool).at[jnp.arange(B)[:, None], ids].set(True)[:, :V]
         seen = jnp.repeat(seen, G, axis=0)
-    tokens, made, seen = record(empty, 0, first, seen)
-    unfinished = lambda carry: (carry[0] < R) & ~jnp.all(carry[2].finished)
-    return jax.lax.while_loop(unfinished, advance, (jnp.int32(1), tokens, made, seen, cache))[2]
+    everyone = slots.Slots(
+        number=jnp.tile(jnp.arange(n, dtype=jnp.int32), ways),
+        step=jnp.full(B * G, -1, jnp.int32),
+        tokens=jnp.zeros(B * G, jnp.int32),
+        prompt_mask=prompt_mask,
+        prompt_cache=prompt_cache,
+        seen=seen,
+    )
+    nothing = Completions(
+        ids=jnp.full((ways, n, R), c.pad_id, jnp.int32),
+        mask=jnp.zeros((ways, n, R), jnp.int32),
+        logprobs=jnp.zeros((ways, n, R), jnp.float32),
+        finished=jnp.zeros((ways, n), bool),
+        values=None if head is None else jnp.zeros((ways, n, R), jnp.float32),
+    )
+    sizes = slots.sizes(n, -(-c.slots // ways), c.shrinks)
+    size, in_place = sizes[0], sizes[0] == n
+    state = record(slots.State(nothing, everyone, jnp.int32(0)), first, 0)
+    state = with_cache(state, B, G) if in_place else with_cache(slots.wait(state, size), size * ways, 1)
+    state = slots.run(functools.partial(advance, in_place=in_place), state, sizes[1] if sizes[1:] else 0)
+    for size, fewer in itertools.pairwise([*sizes[1:], 0]):
+        state = slots.run(advance, slots.shrink(state, size), fewer)
+    return jax.tree.map(lambda x: x.reshape(B, G, *x.shape[2:]), state.made)
