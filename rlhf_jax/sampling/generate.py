@@ -36,7 +36,7 @@ class SamplingConfig:
     pad_id: int = 0  # written after the end
     vocab_size: int | None = None  # ids from here on are padding of the embedding and never sampled
     slots: int = 0  # completions that are decoded together, while others wait for one to end; 0: all
-    shrinks: bool = False  # whether what is left goes on as a smaller batch, when three quarters have ended
+    halvings: int = 0  # how often what is left goes on as a batch of half the size, when none waits
 
     def __post_init__(self):
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))  # a list could not be a static argument
@@ -52,6 +52,7 @@ class SamplingConfig:
             <= self.min_new_tokens
             <= self.max_new_tokens,
             "slots must be 0 (all at once) or more": self.slots >= 0,
+            "halvings must be 0 (none) or more": self.halvings >= 0,
         }
         for message, fine in checks.items():
             if not fine:
@@ -150,7 +151,7 @@ def generate(
         finished=jnp.zeros((ways, n), bool),
         values=None if head is None else jnp.zeros((ways, n, R), jnp.float32),
     )
-    sizes = slots.sizes(n, -(-c.slots // ways), c.shrinks)
+    sizes = slots.sizes(n, -(-c.slots // ways), c.halvings)
     size, in_place = sizes[0], sizes[0] == n
     state = record(slots.State(nothing, everyone, jnp.int32(0)), first, 0)
     state = with_cache(state, B, G) if in_place else with_cache(slots.wait(state, size), size * ways, 1)

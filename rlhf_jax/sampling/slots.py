@@ -67,11 +67,11 @@ class State:
         return self.queue.given < self.queue.count
 
 
-def sizes(n: int, slots: int, shrinks: bool) -> list[int]:
-    """Slots a way of each stage of the loop: the first as asked (0: n), of the others a quarter of the one before."""
+def sizes(n: int, slots: int, halvings: int) -> list[int]:
+    """Slots a way of each stage of the loop: the first as asked (0: n), of the others half of the one before."""
     found = [min(slots, n) if slots else n]
-    while shrinks and found[-1] // 4 >= FEWEST:
-        found.append(found[-1] // 4)
+    while len(found) <= halvings and found[-1] // 2 >= FEWEST:
+        found.append(found[-1] // 2)
     return found
 
 
