@@ -48,6 +48,9 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         min_p=0.0,  # of the largest probability, that a token needs; 0: none
         repetition_penalty=1.0,  # of tokens that the prompt or the completion has; 1: none
         min_new_tokens=0,
+        # How it is done, not what is sampled; docs/performance.md says when it pays.
+        slots=0,  # completions that are decoded together, while others wait for one to end; 0: all
+        halvings=0,  # how often what is left of them goes on as a batch of half the size
     )
     config.rewards = dict(
         # Of the policy: learned (the reward model); a rule: sentiment, length:target=20, regex:pattern=..., and against

@@ -38,7 +38,9 @@ def side_by_side_and_report(run) -> None:
     found, best_of = {}, None
     rewarded = section.best_of > 1 or ALGORITHMS[name].online
     sampling = run.decoding()
-    said = config.sampling.to_dict() | {"temperature": section.temperature}
+    how = ("slots", "halvings")  # change no token
+    said = {key: value for key, value in config.sampling.items() if key not in how}
+    said["temperature"] = section.temperature
     if section.num_beams > 1:
         said = {
             "num_beams": sampling.num_beams,

@@ -78,13 +78,17 @@ def generate(
     B, G, R = prompt_ids.shape[0], c.num_completions, c.max_new_tokens
     ways = placement.ways("batch") if B % placement.ways("batch") == 0 else 1
     n = B * G // ways  # completions a way
+    sizes = slots.sizes(n, -(-c.slots // ways), c.halvings)
+    size, in_place = sizes[0], sizes[0] == n
     apply = functools.partial(model.apply, {"params": params})
 
     def choose(hidden, own):
         """((tokens, log-probabilities, values) of the slots `own`, from their states [S, D], slots)."""
         with sharding.decoding(model.config, len(hidden)):
             logits = apply(hidden, method=Llama.logits).astype(jnp.float32)
-        logits = placement.constrain(logits, "draws", None)
+        # Never split unevenly: the partitioner gets rows wrong that are padded.
+        even = len(hidden) % placement.ways("draws") == 0
+        logits = placement.constrain(logits, "draws" if even else "batch", None)
         scaled = allowed = logits / (c.temperature or 1.0)
         step, seen = own.step + 1, own.seen
         if seen is not None:
@@ -126,7 +130,7 @@ def generate(
         return state.replace(slots=state.slots.replace(cache=empty_cache(model.config, X, Y, R)))
 
     hidden, prompt_cache = apply(prompt_ids, prompt_mask, adapters, method=Llama.prefill)
-    with sharding.decoding(model.config, B * G):
+    with sharding.decoding(model.config, size * ways):
         at_hand = None if adapters is None else lora.gathered(adapters)
     first = jnp.broadcast_to(last_state(hidden, prompt_mask)[:, None], (B, G, hidden.shape[-1]))
     seen = None
@@ -151,11 +155,9 @@ def generate(
         finished=jnp.zeros((ways, n), bool),
         values=None if head is None else jnp.zeros((ways, n, R), jnp.float32),
     )
-    sizes = slots.sizes(n, -(-c.slots // ways), c.halvings)
-    size, in_place = sizes[0], sizes[0] == n
     state = record(slots.State(nothing, everyone, jnp.int32(0)), first, 0)
     state = with_cache(state, B, G) if in_place else with_cache(slots.wait(state, size), size * ways, 1)
     state = slots.run(functools.partial(advance, in_place=in_place), state, sizes[1] if sizes[1:] else 0)
-    for size, fewer in itertools.pairwise([*sizes[1:], 0]):
-        state = slots.run(advance, slots.shrink(state, size), fewer)
+    for less, fewer in itertools.pairwise([*sizes[1:], 0]):
+        state = slots.run(advance, slots.shrink(state, less), fewer)
     return jax.tree.map(lambda x: x.reshape(B, G, *x.shape[2:]), state.made)

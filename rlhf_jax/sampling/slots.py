@@ -8,8 +8,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.models import placement
 from rlhf_jax.types import Completions
 
+PROMPT_CACHE, CACHE = (("layers", "batch", *more, "kv_heads", None, None) for more in ((), (None,)))
 FEWEST = 4  # slots a way; fewer are decoded in about the same time
 
 
@@ -25,7 +27,9 @@ class Slots:
     prompt_mask: jax.Array  # [X, P]
     prompt_cache: tuple  # keys and values [L, X, K, P, C]
     seen: jax.Array | None  # [S, V] bool, tokens of prompt and completion, where a penalty asks for them
-    cache: tuple | None = None  # keys and values [L, X, Y, K, R, C]: a ring of R columns, written at one for all
+    cache: tuple | None = (
+        None  # keys and values [L, X, Y, K, R, C]: a ring of R columns, written at one for all
+    )
 
 
 AXES = Slots(0, 0, 0, 0, 1, 0, 1)  # of prompts or slots
@@ -106,7 +110,8 @@ def shrink(state: State, size: int) -> State:
     _, which = jax.lax.top_k(-state.slots.number.reshape(len(state.idle), -1), size)
     flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), state.slots.cache)
     kept = _take(state.slots.replace(cache=flat), which)
-    return state.replace(slots=kept.replace(cache=jax.tree.map(lambda x: x[:, :, None], kept.cache)))
+    cache = jax.tree.map(lambda x: placement.constrain(x[:, :, None], *CACHE), kept.cache)
+    return state.replace(slots=kept.replace(cache=cache))
 
 
 def record(state: State, column, drawn, eos_ids, pad_id) -> State:
@@ -170,7 +175,8 @@ def _take(slots, which):
     S = slots.number.size
 
     def of(axis, x):
-        return _by_way(lambda x, i: jnp.take(x, i, axis, mode="clip"), axis, x, which // (S // x.shape[axis]))
+        get = lambda x, i: x.at[(slice(None),) * axis + (i,)].get(mode="promise_in_bounds")
+        return _by_way(get, axis, x, which // (S // x.shape[axis]))
 
     return _each(of, slots)
 
@@ -178,11 +184,16 @@ def _take(slots, which):
 def _each(function, *slots):
     """function(axis of prompts or slots, array, ...) of every array."""
     whole = lambda axis, *parts: jax.tree.map(lambda *x: function(axis, *x), *parts)
-    return jax.tree.map(whole, AXES, *slots)
+    found = jax.tree.map(whole, AXES, *slots)
+    laid = lambda x: placement.constrain(x, *PROMPT_CACHE)
+    return found.replace(prompt_cache=jax.tree.map(laid, found.prompt_cache))
 
 
 def _by_way(function, axis, x, index, *more):
     """function(x, index, ...) of each way's part of x along `axis`, and the results side by side; index: [W, m]."""
+    index = placement.constrain(
+        index, "batch", None
+    )  # or caches are split and sent as their indices happen to be
     split = lambda x: x.reshape(*x.shape[:axis], len(index), -1, *x.shape[axis + 1 :])
     found = jax.vmap(function, (axis, 0, *[axis] * len(more)), axis)(split(x), index, *map(split, more))
     return found.reshape(*found.shape[:axis], -1, *found.shape[axis + 2 :])

@@ -29,7 +29,8 @@ NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k"
                 "min_new_tokens", "num_samples", "keep_best", "layers", "packed_tokens", "cg_damping",
                 "backtrack_steps", "max_refills", "overlong_buffer_tokens", "overlong_penalty",
                 "reference_sync_steps", "reference_steps", "margin_coeff", "huber_delta", "spread_coeff",
-                "preview_prompts", "warn_loss_gap", "refuse_loss_gap", "memorised_loss")  # fmt: skip
+                "preview_prompts", "warn_loss_gap", "refuse_loss_gap", "memorised_loss", "slots",
+                "halvings")  # fmt: skip
 FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p", "min_p", "label_smoothing",
             "backtrack_factor", "accept_ratio", "missing_ratings", "min_accuracy", "warn_accuracy_gap",
             "refuse_accuracy_gap", "warn_ece", "refuse_ece", "warn_saturation", "warn_spread", "refuse_spread",

@@ -80,6 +80,8 @@ def prompts(run: PlannedRun, B: int, more: int = 0):
 
 
 def sampling_phase(run, name, network, policy, asked, sampling, calls, head=None, base=None) -> Phase:
+    # Where all completions have the same length, these only change how the loop is written.
+    sampling = dataclasses.replace(sampling, slots=0, halvings=0)
     B, R = asked[0].shape[0], sampling.max_new_tokens
     arguments = (
         network.model,

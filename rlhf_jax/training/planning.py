@@ -17,7 +17,8 @@ ASSUMPTIONS = (
     "the stage keeps on the chip: base, adapters, optimizer state, reward model, the batch of the step before. "
     "Fragmentation, the profiler and a second copy of a donated array during a checkpoint are not in it.",
     "Lengths: every prompt has data.prompt_tokens and every completion data.completion_tokens; a run pads to its "
-    "longest prompt and stops sampling when all completions have ended.",
+    "longest prompt and stops sampling when all completions have ended. They are decoded all at once, whatever "
+    "sampling.slots and sampling.halvings are.",
     "FLOPs: products of matrices alone, of all chips together by the number of chips, recomputation of remat counted.",
     "HBM traffic: operands read and results written by each instruction of the compiled program, once a turn of its "
     "loop; what lies in the chip's fast memory is free.",

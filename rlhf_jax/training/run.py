@@ -228,6 +228,8 @@ class Run:
             min_new_tokens=section.min_new_tokens,
             pad_id=self.tokenizer.pad_id,
             vocab_size=self.tokenizer.vocabulary_size,
+            slots=section.slots,
+            halvings=section.halvings,
         )
 
     def decoding(self) -> SamplingConfig | BeamConfig:
