@@ -50,7 +50,7 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         min_new_tokens=0,
         # How it is done, not what is sampled; docs/performance.md says when it pays.
         slots=0,  # completions that are decoded together, while others wait for one to end; 0: all
-        halvings=0,  # how often what is left of them goes on as a batch of half the size
+        halvings=-1,  # how often what is left of them goes on as a batch of half the size; -1: as it pays
     )
     config.rewards = dict(
         # Of the policy: learned (the reward model); a rule: sentiment, length:target=20, regex:pattern=..., and against

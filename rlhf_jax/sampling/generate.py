@@ -36,7 +36,9 @@ class SamplingConfig:
     pad_id: int = 0  # written after the end
     vocab_size: int | None = None  # ids from here on are padding of the embedding and never sampled
     slots: int = 0  # completions that are decoded together, while others wait for one to end; 0: all
-    halvings: int = 0  # how often what is left goes on as a batch of half the size, when none waits
+    halvings: int = (
+        0  # how often what is left goes on as a batch of half the size, when none waits; -1: as it pays
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))  # a list could not be a static argument
@@ -52,7 +54,7 @@ class SamplingConfig:
             <= self.min_new_tokens
             <= self.max_new_tokens,
             "slots must be 0 (all at once) or more": self.slots >= 0,
-            "halvings must be 0 (none) or more": self.halvings >= 0,
+            "halvings must be -1 (as it pays), 0 (none) or more": self.halvings >= -1,
         }
         for message, fine in checks.items():
             if not fine:
@@ -78,7 +80,9 @@ def generate(
     B, G, R = prompt_ids.shape[0], c.num_completions, c.max_new_tokens
     ways = placement.ways("batch") if B % placement.ways("batch") == 0 else 1
     n = B * G // ways  # completions a way
-    sizes = slots.sizes(n, -(-c.slots // ways), c.halvings)
+    automatic = slots.automatic_halvings(n, R, jax.default_backend())
+    halvings = automatic if c.halvings < 0 else c.halvings
+    sizes = slots.sizes(n, B // ways, -(-c.slots // ways), halvings)
     size, in_place = sizes[0], sizes[0] == n
     apply = functools.partial(model.apply, {"params": params})
 

@@ -71,12 +71,20 @@ class State:
         return self.queue.given < self.queue.count
 
 
-def sizes(n: int, slots: int, halvings: int) -> list[int]:
-    """Slots a way of each stage of the loop: the first as asked (0: n), of the others half of the one before."""
+def sizes(n: int, prompts: int, slots: int, halvings: int) -> list[int]:
+    """Slots a way of each stage of the loop, of n completions of so many prompts: the first as asked (0: n), of the
+    others at most half of the one before, and no more than prompts: each slot there has a copy of its prompt's cache,
+    which completions in their first places share."""
     found = [min(slots, n) if slots else n]
-    while len(found) <= halvings and found[-1] // 2 >= FEWEST:
-        found.append(found[-1] // 2)
+    while len(found) <= halvings and (size := min(found[-1] // 2, prompts)) >= FEWEST:
+        found.append(size)
     return found
+
+
+def automatic_halvings(n: int, R: int, platform: str) -> int:
+    """What pays, and costs next to nothing where all completions have full length: each stage has to be compiled, and
+    away from CPUs few rows are not decoded much faster than many."""
+    return 3 if platform == "cpu" and n >= 16 and R >= 64 else 0
 
 
 def run(advance, state: State, fewer: int) -> State:

@@ -29,8 +29,7 @@ NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k"
                 "min_new_tokens", "num_samples", "keep_best", "layers", "packed_tokens", "cg_damping",
                 "backtrack_steps", "max_refills", "overlong_buffer_tokens", "overlong_penalty",
                 "reference_sync_steps", "reference_steps", "margin_coeff", "huber_delta", "spread_coeff",
-                "preview_prompts", "warn_loss_gap", "refuse_loss_gap", "memorised_loss", "slots",
-                "halvings")  # fmt: skip
+                "preview_prompts", "warn_loss_gap", "refuse_loss_gap", "memorised_loss", "slots")  # fmt: skip
 FRACTION = ("gamma", "gae_lambda", "b1", "b2", "max_bad_records", "top_p", "min_p", "label_smoothing",
             "backtrack_factor", "accept_ratio", "missing_ratings", "min_accuracy", "warn_accuracy_gap",
             "refuse_accuracy_gap", "warn_ece", "refuse_ece", "warn_saturation", "warn_spread", "refuse_spread",
@@ -75,6 +74,8 @@ def check_config(config, known_stages) -> None:
             f"config.sampling.min_new_tokens is {config.sampling.min_new_tokens}, more than "
             f"config.data.completion_tokens {config.data.completion_tokens}."
         )
+    if config.sampling.halvings < -1:
+        raise InputError(f"config.sampling.halvings is {config.sampling.halvings}; expected -1 or more.")
     beams, asked = config.evaluation.num_beams, config.evaluation.num_completions
     if 1 < beams < asked:
         raise InputError(
