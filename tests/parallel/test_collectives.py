@@ -51,7 +51,7 @@ def test_a_step_of_the_sampler_moves_neither_weights_nor_caches(shape):
     # Of maps to the width, where their inputs are split; of maps from the width, where that is.
     assert bool(kinds["o_proj"] & sums) == (tensor > 1) and bool(kinds["up_proj"] & sums) == (fsdp > 1)
     if fsdp == 1:
-        assert {one.shapes for one in in_loop if one.kind == "all-gather"} == {((B, G),)}  # the tokens
+        assert {one.shapes for one in in_loop if one.kind == "all-gather"} == {((B * G,),)}  # the tokens
     cache = (L, B // (data * fsdp), G, H // tensor, R, C)
     held = {array for array in shapes_in(hlo) if array[-2:] == (R, C)}
     assert cache in held and max(map(math.prod, held)) == math.prod(cache)
