@@ -317,12 +317,12 @@ def llama2_7b(config):
 
 
 def llama2_13b(config):
-    """LoRA; the slices it fits are in docs/plan.md."""
+    """LoRA on a v5e:2x4 (8 chips) or more: docs/plan.md."""
     _tpu(config, "meta-llama/Llama-2-13b-hf", tensor=2)
 
 
 def llama2_70b(config):
-    """LoRA on 8 chips or more; docs/plan.md says which. 8 key/value heads, so tensor goes up to 8."""
+    """LoRA on a v5p:2x2x2 (8 chips), on 4 with mesh.tensor=4, on 16 of v6e: docs/plan.md. 8 key/value heads."""
     _tpu(config, "meta-llama/Llama-2-70b-hf", tensor=8)
 
 
