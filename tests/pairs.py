@@ -45,7 +45,7 @@ class Pair(contextlib.AbstractContextManager):
         with open(self.logs[n], encoding="utf-8", errors="replace") as file:
             return "".join(line for line in file if not line.startswith("[Gloo]"))
 
-    def wait_for(self, line, seconds=200):
+    def wait_for(self, line, seconds=600):
         """Until process 0 has printed a line that begins so."""
         deadline = time.monotonic() + seconds
         while not any(one.startswith(line) for one in self.log(0).splitlines()):
@@ -55,7 +55,7 @@ class Pair(contextlib.AbstractContextManager):
     def send(self, n, which=signal.SIGKILL):
         self.processes[n].send_signal(which)
 
-    def statuses(self, seconds=200):
+    def statuses(self, seconds=600):
         """Of both, which end within this time."""
         deadline = time.monotonic() + seconds
         return [process.wait(max(deadline - time.monotonic(), 0.1)) for process in self.processes]
