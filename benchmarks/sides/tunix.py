@@ -203,7 +203,7 @@ def grpo(workload, model, model_dir, tokenizer, gate):
 
 def ppo(workload, model, model_dir, tokenizer, gate):
     if workload.lora:
-        raise NotImplementedError("a critic beside a policy with adapters")
+        raise ValueError("ppo with adapters: Tunix has no critic beside them; benchmarks.peers leaves it out")
     reference = load(workload, model_dir)
     critic, judge = (rl_utils.create_critic_model(model, seed) for seed in (0, 1))
     made = cluster(workload, model, tokenizer, actor=model, reference=reference, critic=critic, reward=judge)

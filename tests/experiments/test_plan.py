@@ -52,7 +52,9 @@ def test_a_small_config_is_planned_whole():
             assert phase["bytes"] == sum(phase[name] for name in parts) <= found["hbm_bytes"]
     rollout, update = stages["ppo"]["phases"][0], stages["ppo"]["phases"][3]
     prefill, decode = rollout["parts"]["prefill"], rollout["parts"]["decode"]
-    assert rollout["flops"] == prefill["flops"] + decode["flops"] and min(prefill["flops"], decode["flops"]) > 0
+    assert (
+        rollout["flops"] == prefill["flops"] + decode["flops"] and min(prefill["flops"], decode["flops"]) > 0
+    )
     # What the update keeps, moments of AdamW, lies beside the rollout; the update itself is handed nearly all.
     assert rollout["beside_bytes"] > update["beside_bytes"]
     step = stages["ppo"]["step_bound_seconds"]
