@@ -47,7 +47,7 @@ def test_attention_shares_its_softmax_over_many_keys():
     cache = lambda fill, *shape: jnp.full(shape, fill, HALF)
     out = attention.decode_attention(
         ones(1, 2, 2, 4), cache(0, 1, 2, MANY, 4), cache(1, 1, 2, MANY, 4), cache(0, 1, 2, 2, 8, 4),
-        cache(1, 1, 2, 2, 8, 4), DecodeContext(mask, jnp.int32(7)),
+        cache(1, 1, 2, 2, 8, 4), DecodeContext(mask, jnp.int32(7), jnp.full((1, 2), 7, jnp.int32)),
     )  # fmt: skip
     np.testing.assert_allclose(np.float32(out), 1.0, rtol=2**-7)
 
