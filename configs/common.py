@@ -142,6 +142,9 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         num_minibatches=2,  # updates a pass
         # Nats a token between the policy and the one that sampled, past which a step makes no more updates; 0: none.
         stop_approx_kl=0.0,
+        # The decoder reads the completions of a prompt one after the other, in as few rows as hold them, in the place
+        # of one padded row each; what is computed is the same. Waits for their lengths, and compiles for each shape.
+        pack_completions=False,
         # Whose states the value head reads: the policy's (shared), those of an adapter or weights of its own (own), or
         # of a copy of the reward model (reward).
         value="shared",
@@ -225,7 +228,7 @@ def stage(*, steps, batch_size, learning_rate) -> config_dict.ConfigDict:
 
 
 OFFLINE = ("steps", "batch_size", "num_microbatches", "train", "eval_every_steps", "optimizer")
-ONLINE = (*OFFLINE, "num_completions", "rollout_epochs", "num_minibatches", "stop_approx_kl",
+ONLINE = (*OFFLINE, "num_completions", "rollout_epochs", "num_minibatches", "stop_approx_kl", "pack_completions",
           "reward_reference_batches", "kl_coeff", "kl_kind", "kl_control", "kl_target", "kl_horizon",
           "kl_budget_rate", "entropy_coeff", "reward_clip", "missing_eos_rule", "missing_eos_value",
           "overlong_buffer_tokens", "overlong_penalty")  # fmt: skip

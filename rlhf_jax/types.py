@@ -8,6 +8,16 @@ import jax
 
 
 @flax.struct.dataclass
+class Lanes:
+    """How the completions of a prompt stand one after the other in L lanes of W slots; models/lanes.py."""
+
+    start: (
+        jax.Array
+    )  # [B, G] int32, the slot, of all L * W, of a completion's first token; one after its last is free
+    shape: tuple[int, int] = flax.struct.field(pytree_node=False)  # L, W
+
+
+@flax.struct.dataclass
 class GroupedBatch:
     """B prompts with G completions each: the one batch type, for every algorithm."""
 
@@ -29,6 +39,7 @@ class GroupedBatch:
     # [B, G, R] int32, of packed rows alone, in which a completion is several examples, one after the other: the number
     # of a token's example, 0 in the padding. Tokens read their own example; completion_mask is 1 on what is learned.
     segments: jax.Array | None = None
+    lanes: Lanes | None = None  # the decoder reads completions in these, and not in G rows of R
     # The greedy completion of each prompt, scored, G = 1: ReMax's baseline.
     greedy: "GroupedBatch | None" = None
     soft_labels: jax.Array | None = (

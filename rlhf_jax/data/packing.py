@@ -8,12 +8,13 @@ share a step, since none reads another. Knows token ids; nothing of text or mode
 
 import bisect
 import itertools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.types import GroupedBatch
+from rlhf_jax.types import GroupedBatch, Lanes
 
 Example = tuple[list[int], list[list[int]]]  # (prompt ids, [completion ids]): a group of one completion
 
@@ -28,6 +29,37 @@ def pieces(ids: Sequence[int], length: int) -> list[Example]:
         raise InputError(f"Pieces of {length} tokens have nothing to learn; expected 2 or more.")
     starts = range(0, len(ids) - 1, length - 1)
     return [([ids[start]], [list(ids[start + 1 : start + length])]) for start in starts]
+
+
+def lanes(lengths: np.ndarray, longest: int) -> Lanes | None:
+    """Where the completions of each prompt stand, in as few slots as one of a few shapes allows.
+
+    Lanes are a quarter, half, three quarters or all of the longest wide, and as many as a power of two: so runs meet
+    few shapes, whatever is drawn. Each completion has a slot more than tokens, for the end token that a reward model
+    reads after one that was cut.
+
+    Args:
+      lengths: [B, G] tokens. longest: that a completion may be.
+    Returns: None if they would take no less than G rows of `longest`.
+    """
+    B, G = lengths.shape
+    best = None
+    for width in sorted({-(-longest * quarter // 4) + 1 for quarter in (1, 2, 3, 4)}):
+        if lengths.max() + 1 > width:
+            continue
+        rows = [fit((of_prompt + 1).tolist(), width) for of_prompt in lengths]
+        most = max(len(lane) for lane in rows)
+        count = min(1 << (most - 1).bit_length(), G)
+        if best is None or count * width < math.prod(best[1]):
+            best = rows, (count, width)
+    if best is None or math.prod(best[1]) >= G * longest:
+        return None
+    start = np.zeros((B, G), np.int32)
+    for b, of_prompt in enumerate(best[0]):
+        for number, lane in enumerate(of_prompt):
+            slots = np.cumsum([0, *(lengths[b, lane[:-1]] + 1)])
+            start[b, lane] = number * best[1][1] + slots
+    return Lanes(start, best[1])
 
 
 def fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

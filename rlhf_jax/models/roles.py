@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import heads, readout
+from rlhf_jax.models import heads, lanes, readout
 from rlhf_jax.models.llama import Llama, LlamaConfig
 from rlhf_jax.models.lora import Adapter
 from rlhf_jax.models.readout import Readout
@@ -41,6 +41,32 @@ class Role:
 
 def states(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
     """[B, G, R + 1, D]: entry t is the state after t completion tokens, so it predicts completion token t."""
+    if batch.lanes is None:
+        first, completions = _trunk(model, frozen_base, role, batch)
+    else:
+        first, completions = _trunk(model, frozen_base, role, lanes.packed(batch))
+        completions = lanes.unpacked(batch, completions)
+    B, G, _, D = completions.shape
+    return jnp.concatenate([jnp.broadcast_to(first[:, None, None], (B, G, 1, D)), completions], axis=2)
+
+
+def predicting_states(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
+    """[B, G, R, D]: the states that predict each completion token. Nothing reads the last token's own state."""
+    if batch.lanes is not None:
+        return lanes.unpacked(batch, lane_states(model, frozen_base, role, lanes.packed(batch)))
+    names = ("completion_ids", "completion_mask", "segments")
+    shorter = {name: x[..., :-1] for name in names if (x := getattr(batch, name)) is not None}
+    return states(model, frozen_base, role, batch.replace(**shorter))
+
+
+def lane_states(model: Llama, frozen_base: dict, role: Role, packed: GroupedBatch):
+    """[B, L, W, D]: the states that predict each token of `lanes.packed`."""
+    first, own = _trunk(model, frozen_base, role, packed)
+    return lanes.predicting(first, own, packed.segments)
+
+
+def _trunk(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
+    """The states [B, D] of the last prompt token and [B, G, R, D] of the completion tokens."""
     params = role.params(frozen_base)
     if role.depth is not None:
         model = Llama(shallower(model.config, role.depth))
@@ -55,16 +81,7 @@ def states(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
         batch.segments,
         method=Llama.group,
     )
-    first = last_state(prompt, batch.prompt_mask)[:, None, None]
-    B, G, _, D = completions.shape
-    return jnp.concatenate([jnp.broadcast_to(first, (B, G, 1, D)), completions], axis=2)
-
-
-def predicting_states(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
-    """[B, G, R, D]: the states that predict each completion token. Nothing reads the last token's own state."""
-    names = ("completion_ids", "completion_mask", "segments")
-    shorter = {name: x[..., :-1] for name in names if (x := getattr(batch, name)) is not None}
-    return states(model, frozen_base, role, batch.replace(**shorter))
+    return last_state(prompt, batch.prompt_mask), completions
 
 
 def scores(model: Llama, frozen_base: dict, role: Role, batch: GroupedBatch):
@@ -141,7 +158,7 @@ def end_with(batch: GroupedBatch, eos_id: int, eos_ids: tuple[int, ...]) -> Grou
     ids = jnp.pad(batch.completion_ids, ((0, 0), (0, 0), (0, 1)))
     ids = jnp.where((slot == length[..., None]) & ~ended[..., None], eos_id, ids)
     mask = (slot < (length + ~ended)[..., None]).astype(batch.completion_mask.dtype)
-    return GroupedBatch(batch.prompt_ids, batch.prompt_mask, ids, mask, batch.weights)
+    return GroupedBatch(batch.prompt_ids, batch.prompt_mask, ids, mask, batch.weights, lanes=batch.lanes)
 
 
 def count(tree) -> int:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.data import packing
 from rlhf_jax.data.batching import pad_prompts
 from rlhf_jax.data.formats import readable
 from rlhf_jax.losses.masking import masked_mean
@@ -24,7 +25,8 @@ from rlhf_jax.training.scoring import Rewards
 class Collector:
     """collector(state, prompts, key) -> (prompts, batch with targets, metrics).
 
-    Waits for the device to read texts, and to see which groups teach nothing where these are replaced; else never.
+    Waits for the device to read texts, to see which groups teach nothing where these are replaced, and how long
+    completions are where these are packed; else never.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Collector:
             self.max_refills = settings.max_refills
             self.teaches = jax.jit(functools.partial(algorithm.teaches, settings))
         self.values_of = rollout.make_values(network)
+        self.packs = section.pack_completions
 
     def __call__(self, state, chosen, key, more=None, *, from_reference=False, parts=UNTIMED):
         """(prompts that it is of, batch, metrics).
@@ -72,6 +75,7 @@ class Collector:
             # what is trained on.
             first = masked_mean(batch.scores, batch.weights * jnp.isfinite(batch.scores))
             chosen, batch, told = self.refill(state, chosen, batch, more, parts)
+            batch = self.packed(batch) if self.packs else batch
             metrics = {"reward": first} | metrics | told
         frozen = {"base": self.run.base}
         if self.settings.reads_policy:
@@ -128,9 +132,17 @@ class Collector:
         prompts = self.arrays(chosen)
         batch = rollout.sample(self.network, base, policy, prompts, key, self.sampling, head, asked)
         parts.mark("rollout", (batch.prompt_mask, batch.completion_mask))
+        if self.packs and not self.max_refills:
+            batch = self.packed(batch)
         if value is not None and not shared:
             batch = batch.replace(old_values=self.values_of(base, value, batch))
         return batch
+
+    def packed(self, batch):
+        """The batch with its completions in lanes, where these are fewer slots."""
+        lengths = hosts.gather(batch.completion_mask.sum(-1))
+        lanes = packing.lanes(lengths, batch.completion_ids.shape[-1])
+        return batch if lanes is None else batch.replace(lanes=lanes.replace(start=self.run.put(lanes.start)))
 
     def score(self, state, chosen, batch):
         """(rewards [B, G], metrics of their components)."""

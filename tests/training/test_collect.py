@@ -45,17 +45,19 @@ def make(tiny_llama):
     """(collector, state) of a row of the table."""
     model, base = tiny_llama
 
-    def made(name, **changes):
+    def made(name, pack_completions=False, completions=G, tokens=R, eos_ids=(), **changes):
         run = types.SimpleNamespace(
             base=base,
             gold="",
             eos_ids=(2,),
             prompt_length=2,
             put=lambda batch: jax.tree.map(jnp.asarray, batch),
-            sampling=lambda n: SamplingConfig(R, num_completions=n),
+            sampling=lambda n: SamplingConfig(tokens, num_completions=n, eos_ids=eos_ids),
             tokenizer=types.SimpleNamespace(pad_id=0, decode_completion=lambda ids: ids),
         )
-        section = types.SimpleNamespace(batch_size=B, num_completions=G)
+        section = types.SimpleNamespace(
+            batch_size=B, num_completions=completions, pack_completions=pack_completions
+        )
         row = ALGORITHMS[name]
         settings = row.settings(kl_coeff=0.0, **changes)
         policy = Role(adapter=lora.init(jax.random.key(1), model.config, lora.LoraConfig(rank=2)))
@@ -168,3 +170,22 @@ def test_a_baseline_that_could_not_be_scored_takes_its_prompt_out(make):
     _, batch, metrics = collect(state, MIXED, KEY)
     np.testing.assert_array_equal(batch.weights, [[1, 1], [1, 1], [0, 0], [1, 1]])
     assert np.isfinite(batch.advantages).all() and metrics["invalid_reward_fraction"] == 0.25
+
+
+@pytest.mark.parametrize("max_refills", [0, 2])
+def test_packed_completions_change_no_target(make, max_refills):
+    found = []
+    for pack in (False, True):
+        eos_ids = tuple(range(24, 64))  # most completions end at once
+        collect, state = make("grpo", pack, 8, 12, eos_ids, max_refills=max_refills, kl_loss_coeff=0.1)
+        found.append(collect(state, MIXED, KEY, fresh)[1:])
+    (plain, told), (packed, also_told) = found
+    assert plain.lanes is None and packed.lanes.start.shape == (B, 8)
+    assert np.prod(packed.lanes.shape) < 8 * 12
+    for name in ("scores", "advantages", "ref_logprobs", "completion_ids"):
+        real = (
+            np.asarray(plain.completion_mask)[..., 0] > 0 if name == "scores" else plain.completion_mask > 0
+        )
+        one, other = (np.asarray(getattr(batch, name))[real] for batch in (plain, packed))
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert told.keys() == also_told.keys()

@@ -9,7 +9,7 @@ from rlhf_jax.losses.collision import fused_log_collision
 from rlhf_jax.losses.forward_kl import fused_forward_kl
 from rlhf_jax.losses.full_kl import fused_kl
 from rlhf_jax.losses.logprobs import fused_token_logprobs
-from rlhf_jax.models import placement, roles
+from rlhf_jax.models import lanes, placement, roles
 from rlhf_jax.models.llama import Llama, unembedding
 
 
@@ -72,9 +72,16 @@ class Network:
 
     def logprobs(self, base: dict, role: roles.Role, batch):
         """(logprobs, entropy, states) of the completion tokens: [B, G, R] nats, [B, G, R] nats, [B, G, R, D]."""
-        states, head = self.states(base, role, batch), self.unembedding(base, role)
-        logprobs, entropy = fused_token_logprobs(states, head, batch.completion_ids, **self.reading(head))
-        return logprobs, entropy, states
+        head = self.unembedding(base, role)
+        read = lambda states, batch: fused_token_logprobs(
+            states, head, batch.completion_ids, **self.reading(head)
+        )
+        if batch.lanes is None:
+            states = self.states(base, role, batch)
+            return *read(states, batch), states
+        packed = lanes.packed(batch)
+        states = roles.lane_states(self.model, base, role, packed)
+        return tuple(lanes.unpacked(batch, x) for x in (*read(states, packed), states))
 
     def states(self, base: dict, role: roles.Role, batch):
         """[B, G, R, D]: the states that predict the completion tokens."""
