@@ -36,6 +36,10 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         instruction="",  # put before each input
         prompt_tokens=16,
         completion_tokens=20,
+        # Of SFT, reward models and preferences: a batch is padded to the first of 1/n, 2/n, ... of the longest record
+        # that holds it, and the update compiled for each that occurs; records of so many batches are dealt by length.
+        length_buckets=1,
+        sort_batches=1,
         prompt_overflow="truncate_left",  # or error, drop
         held_out_prompts=96,
         held_out_pairs=96,
@@ -332,7 +336,7 @@ def llama2_70b(config):
 def _tpu(config, path, *, tensor):
     config.model.update(path=path, dtype="bfloat16", param_dtype="bfloat16", remat="full", vocab_chunk=0)
     config.mesh.update(data=1, fsdp=-1, tensor=tensor)
-    config.data.update(prompt_tokens=512, completion_tokens=64)
+    config.data.update(prompt_tokens=512, completion_tokens=64, length_buckets=4, sort_batches=16)
     config.preferences.update(num_pairs=8192, batch_size=64)
     config.sft.update(steps=1000, batch_size=64)
     config.reward_model.update(steps=1000, batch_size=64)

@@ -7,7 +7,7 @@ and the assurance (a fingerprint) that the data behind it are the same. Knows no
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -75,12 +75,12 @@ def group(
     return GroupedBatch(prompts, prompt_mask, completions, mask, weights=weights)
 
 
-def bucket_length(n: int, buckets: Sequence[int]) -> int:
-    """The smallest of `buckets` that holds n tokens: few different lengths, so few compilations."""
-    fitting = [bucket for bucket in buckets if bucket >= n]
-    if not fitting:
-        raise InputError(f"{n} tokens do not fit the largest length, {max(buckets, default=0)}.")
-    return min(fitting)
+def bucket(lengths: Sequence[int], largest: Sequence[int], buckets: int) -> tuple[int, ...]:
+    """The first of 1/n, 2/n, ... of `largest` that holds `lengths`: few different shapes, so few compilations."""
+    parts = max(-(-n * buckets // max(most, 1)) for n, most in zip(lengths, largest, strict=True))
+    if parts > buckets:
+        raise InputError(f"{tuple(lengths)} tokens do not fit the largest length, {tuple(largest)}.")
+    return tuple(-(-most * max(parts, 1) // buckets) for most in largest)
 
 
 def _check_length(what: str, row: int, found: int, length: int):
@@ -107,6 +107,8 @@ class ResumableData:
         batch_size: int,
         seed: int,
         shuffle: bool = True,
+        sort_batches: int = 1,
+        length: Callable = len,
         identity: dict | None = None,
     ):
         """
@@ -115,6 +117,8 @@ class ResumableData:
           batch_size: of all hosts together.
           seed: of the order.
           shuffle: False keeps the order of `records`, in each epoch.
+          sort_batches: the records of so many batches are dealt anew, those of about the same length(record) together;
+            in which order these batches come is random. 1: as shuffled.
           identity: what else must be the same when a run resumes, as JSON values: maximum lengths,
             fingerprint of the tokenizer, chat template.
         """
@@ -131,7 +135,9 @@ class ResumableData:
         # epoch 1 of seed 0.
         order = grain.MapDataset.range(len(records)).seed(seed)
         self._order = (order.shuffle() if shuffle else order).repeat()
-        self._identity = {"seed": seed, "shuffle": shuffle, **(identity or {})}
+        self._seed, self._sort_batches, self._length, self._sorted = seed, sort_batches, length, (-1, [])
+        sorting = {"sort_batches": sort_batches} if sort_batches > 1 else {}
+        self._identity = {"seed": seed, "shuffle": shuffle} | sorting | (identity or {})
 
     def batch(self, position: int) -> list:
         """The records of one batch, a pure function of `position`, which counts batches from 0."""
@@ -139,8 +145,20 @@ class ResumableData:
 
     def indices(self, position: int) -> list[int]:
         """Where those stand in `records`, for what is kept beside them."""
-        start = position * self.batch_size
-        return [int(self._order[i]) for i in range(start, start + self.batch_size)]
+        if self._sort_batches > 1:
+            return self._of_sorted(*divmod(position, self._sort_batches))
+        return self._shuffled(position, self.batch_size)
+
+    def _shuffled(self, part: int, size: int) -> list[int]:
+        return [int(self._order[i]) for i in range(part * size, (part + 1) * size)]
+
+    def _of_sorted(self, window: int, turn: int) -> list[int]:
+        if self._sorted[0] != window:
+            inside = self._shuffled(window, self.batch_size * self._sort_batches)
+            self._sorted = window, sorted(inside, key=lambda i: self._length(self.records[i]))
+        order = np.random.default_rng((self._seed, window)).permutation(self._sort_batches)
+        first = int(order[turn]) * self.batch_size
+        return self._sorted[1][first : first + self.batch_size]
 
     def batches(self, position: int = 0) -> Iterator[list]:
         """Every batch from `position` on, without end."""

@@ -34,9 +34,9 @@ def pieces(ids: Sequence[int], length: int) -> list[Example]:
 def lanes(lengths: np.ndarray, longest: int) -> Lanes | None:
     """Where the completions of each prompt stand, in as few slots as one of a few shapes allows.
 
-    Lanes are a quarter, half, three quarters or all of the longest wide, and as many as a power of two: so runs meet
-    few shapes, whatever is drawn. Each completion has a slot more than tokens, for the end token that a reward model
-    reads after one that was cut.
+    Lanes are a quarter, half, three quarters or all of the longest wide, and 1, 2, 3, 4, 6, 8, 12, ... of them: so runs
+    meet few shapes, whatever is drawn. Each completion has a slot more than tokens, for the end token that a reward
+    model reads after one that was cut.
 
     Args:
       lengths: [B, G] tokens. longest: that a completion may be.
@@ -49,7 +49,8 @@ def lanes(lengths: np.ndarray, longest: int) -> Lanes | None:
             continue
         rows = [fit((of_prompt + 1).tolist(), width) for of_prompt in lengths]
         most = max(len(lane) for lane in rows)
-        count = min(1 << (most - 1).bit_length(), G)
+        power = 1 << (most - 1).bit_length()
+        count = min(3 * power // 4 if most <= 3 * power // 4 else power, G)
         if best is None or count * width < math.prod(best[1]):
             best = rows, (count, width)
     if best is None or math.prod(best[1]) >= G * longest:

@@ -21,7 +21,7 @@ POSITIVE = ("learning_rate", "steps", "batch_size", "num_microbatches", "num_min
             "num_quantiles", "pool_size", "best_of", "members", "gate_steps", "backbone_learning_rate",
             "gate_learning_rate", "gate_width", "gate_layers", "gate_temperature", "rounds", "num_prompts",
             "critique_tokens", "max_pairs", "preview_completions", "bootstrap_samples", "min_pairs", "significance",
-            "warn_length_growth", "watchdog_seconds")  # fmt: skip
+            "warn_length_growth", "watchdog_seconds", "length_buckets", "sort_batches")  # fmt: skip
 NOT_NEGATIVE = ("kl_coeff", "kl_target", "kl_loss_coeff", "temperature", "top_k", "warmup_steps",
                 "weight_decay", "clip_norm", "value_coeff", "ptx_coeff", "stop_approx_kl",
                 "clip_epsilon_high", "entropy_coeff", "reward_clip", "dual_clip", "ratio_clip",

@@ -80,7 +80,7 @@ def fit(
     algorithm, log_as = algorithm or ALGORITHMS[name], log_as or name
     network, settings = run.network() if apart is None else apart.network, settings_of(name, section)
     objective = functools.partial(algorithm.objective, settings, network)
-    what = f"{len(records)} records"
+    what, sorting = f"{len(records)} records", {}
     if packed_tokens:
         lengths = (0, packed_tokens)
         records, held_out = (packing.pack(groups, packed_tokens) for groups in (records, held_out))
@@ -90,10 +90,11 @@ def fit(
         lengths = apart.lengths
     else:
         lengths = longest([*records, *held_out])
+        sorting = sorted_by_length(run, lengths)
         candidates = most_completions([*records, *held_out])
-    data = resumable(run, records, section.batch_size, lengths, member, apart and apart.tokenizer)
+    data = resumable(run, records, section.batch_size, lengths, member, apart and apart.tokenizer, **sorting)
 
-    def make_batch(chosen, batch_size=None):
+    def make_batch(chosen, batch_size=None, lengths=lengths):
         if apart is not None:
             return apart.make_batch(chosen, batch_size)
         if packed_tokens:
@@ -123,9 +124,12 @@ def fit(
     def step(state, position):
         parts = clock.begin()
         indices = data.indices(position)
-        batch = make_batch([records[i] for i in indices])
+        chosen, shape = [records[i] for i in indices], lengths
+        if sorting:
+            shape = batching.bucket(longest(chosen), lengths, run.config.data.length_buckets)
+        batch = make_batch(chosen, lengths=shape)
         if ref_logprobs:
-            batch = batch.replace(ref_logprobs=ref_logprobs["train"][indices])
+            batch = batch.replace(ref_logprobs=ref_logprobs["train"][indices][..., : shape[1]])
         state, metrics = update(state, frozen, run.put(batch))
         parts.mark("update", metrics)
         metrics = metrics | {"learning_rate": schedule(position)}
@@ -284,6 +288,12 @@ def encode_group(run: Run, prompt, completions, *more, packed_tokens: int = 0) -
 def longest(records) -> tuple[int, int]:
     """(longest prompt, longest completion) in tokens: the shape of every batch of these records."""
     return max(len(record[0]) for record in records), max(len(c) for record in records for c in record[1])
+
+
+def sorted_by_length(run: Run, lengths: tuple[int, int]) -> dict:
+    """What `resumable` is asked for, so that records of a batch fit the same bucket."""
+    share = lambda record: max(n / most for n, most in zip(longest([record]), lengths, strict=True) if most)
+    return {"sort_batches": run.config.data.sort_batches, "length": share}
 
 
 def most_completions(records) -> int:

@@ -347,14 +347,21 @@ def resumable(
     lengths: tuple[int, ...],
     member: int = 0,
     tokenizer: str | None = None,
+    **sorting,
 ) -> batching.ResumableData:
     """Records in an order that depends on the seed (and the member of an ensemble) alone, with a fingerprint of all
-    that decides it. tokenizer: the fingerprint of the records' own; None: of the run's."""
+    that decides it.
+
+    Args:
+      tokenizer: the fingerprint of the records' own; None: of the run's.
+      sorting: sort_batches and length of ResumableData.
+    """
     return batching.ResumableData(
         records,
         seed=run.config.seed + member * MEMBER_SEEDS,
         batch_size=batch_size,
         identity={"lengths": list(lengths), "tokenizer": tokenizer or run.tokenizer.fingerprint},
+        **sorting,
     )
 
 

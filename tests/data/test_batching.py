@@ -45,10 +45,37 @@ def test_group_and_filler_rows():
         batching.group([[1], [2]], [[[3]]], **sizes)
 
 
-def test_bucket_length():
-    assert [batching.bucket_length(n, (64, 16, 32)) for n in (0, 16, 17, 64)] == [16, 16, 32, 64]
-    with pytest.raises(InputError, match="65 tokens do not fit the largest length, 64"):
-        batching.bucket_length(65, (64, 16, 32))
+def test_a_bucket_is_the_first_part_that_holds_both():
+    found = [
+        batching.bucket(pair, (64, 10), 4) for pair in ((0, 0), (16, 2), (17, 2), (16, 3), (16, 6), (64, 1))
+    ]
+    assert found == [(16, 3), (16, 3), (32, 5), (32, 5), (48, 8), (64, 10)]
+    assert batching.bucket((1, 1), (64, 10), 1) == (64, 10)
+    assert batching.bucket((1, 3), (1, 3), 4) == (1, 3)
+    with pytest.raises(InputError, match=r"\(65, 1\) tokens do not fit the largest length, \(64, 10\)"):
+        batching.bucket((65, 1), (64, 10), 4)
+
+
+def test_records_of_about_the_same_length_share_a_batch():
+    rng = np.random.default_rng(0)
+    records = [[i] * int(rng.integers(1, 50)) for i in range(103)]
+    made = dict(batch_size=4, seed=5)
+    plain, dealt = (batching.ResumableData(records, **made, sort_batches=n) for n in (1, 8))
+    steps = []
+    for window in range(5):  # past the end of an epoch
+        batches = [dealt.indices(window * 8 + n) for n in range(8)]
+        before = [i for n in range(8) for i in plain.indices(window * 8 + n)]
+        assert sorted(sum(batches, [])) == sorted(before)
+        ranges = [(min(sizes), max(sizes)) for sizes in ([len(records[i]) for i in b] for b in batches)]
+        ordered = sorted(ranges)
+        assert all(one[1] <= other[0] for one, other in zip(ordered, ordered[1:], strict=False))
+        steps.append([ordered.index(one) for one in ranges])
+    assert len({tuple(order) for order in steps}) == 5 and sorted(steps[0]) != steps[0]
+    # A function of the position alone, asked for in any order.
+    again = batching.ResumableData(records, **made, sort_batches=8)
+    assert [again.indices(n) for n in (39, 3, 17)] == [dealt.indices(n) for n in (39, 3, 17)]
+    with pytest.raises(InputError, match="sort_batches"):
+        batching.check_fingerprint(plain.fingerprint(), dealt.fingerprint())
 
 
 @pytest.mark.parametrize("count, batch_size", [(40, 9), (40, 40), (30, 64), (1, 2)])

@@ -64,7 +64,7 @@ def test_every_token_has_a_slot_of_its_own_and_one_is_left_after_each(seed):
         assert lengths.max() > longest // 2
         return
     L, W = lanes.shape
-    assert L * W < G * longest and (L == G or L & (L - 1) == 0)
+    assert L * W < G * longest and L in (G, 1, 2, 3, 4, 6, 8)
     for starts, of_prompt in zip(lanes.start, lengths, strict=True):
         slots = [range(s, s + n + 1) for s, n in zip(starts.tolist(), of_prompt.tolist(), strict=True)]
         assert all(s[0] // W == s[-1] // W for s in slots)  # none goes on in the next lane
