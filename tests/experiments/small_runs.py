@@ -36,14 +36,16 @@ SMALL = [
 ]
 
 
-def run_small(workdir, *more, config="pipeline"):
-    """The config with what SMALL has for its sections, and `more`."""
+def overrides(config, *more):
+    """Flags of the config with what SMALL has for its sections, and `more`."""
     spec = f"configs/{config}.py:tiny"
     sections = cli.load_config(spec, [])
     fitting = [item for item in SMALL if item.partition(".")[0] in sections]
-    run_command.command(
-        [f"--config={spec}", f"--workdir={workdir}", *(f"--config.{item}" for item in (*fitting, *more))]
-    )
+    return [f"--config={spec}", *(f"--config.{item}" for item in (*fitting, *more))]
+
+
+def run_small(workdir, *more, config="pipeline"):
+    run_command.command([*overrides(config, *more), f"--workdir={workdir}"])
 
 
 def begun(finished, workdir):

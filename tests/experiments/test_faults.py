@@ -12,7 +12,14 @@ import time
 import numpy as np
 import pytest
 
-from tests.experiments.small_runs import without_clock
+from tests.experiments.small_runs import (
+    assert_same_policy,
+    begun,
+    overrides,
+    run_small,
+    timeless,
+    without_clock,
+)
 
 SMALL = [
     "--config=configs/pipeline.py:tiny",
@@ -31,13 +38,14 @@ SMALL = [
 ]
 
 
-def start(workdir):
-    one_device = re.sub(
-        r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"]
-    )  # eight are slower to start
+# Eight devices are slower to start.
+ONE_DEVICE = re.sub(r"device_count=\d+", "device_count=1", os.environ["XLA_FLAGS"])
+
+
+def start(workdir, flags=SMALL, xla_flags=ONE_DEVICE):
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.run", f"--workdir={workdir}", *SMALL],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": one_device},
+        [sys.executable, "-m", "experiments.run", f"--workdir={workdir}", *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": xla_flags},
     )  # fmt: skip
 
 
@@ -66,7 +74,11 @@ def assert_same(one, other):
     rows = [[json.loads(line) for line in open(run / "metrics.jsonl")] for run in (one, other)]
     plain = [[without_clock(row) for row in side] for side in rows]
     assert plain[0] == plain[1]
-    assert (one / "eval_results_tuned.jsonl").read_text() == (other / "eval_results_tuned.jsonl").read_text()
+    assert same_text("eval_results_tuned.jsonl", one, other)
+
+
+def same_text(name, one, other):
+    return (one / name).read_text() == (other / name).read_text()
 
 
 def kill_and_resume(kills, unbroken, tmp_path, seed):
@@ -94,17 +106,22 @@ def test_ten_sigkills_change_no_bit(unbroken, tmp_path):
     kill_and_resume(10, unbroken, tmp_path, seed=1)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(unbroken, tmp_path):
-    workdir = tmp_path / "run"
-    process = start(workdir)
+def test_sigterm_saves_and_says_how_to_go_on(finished, tmp_path, capsys):
+    """A process that tunes the policy of a finished run, on as many devices, so that their programs are at hand."""
+    workdir = begun(finished, tmp_path / "run")
+    more = ("logging.log_every_steps=1", "logging.save_every_steps=1")
+    process = start(workdir, overrides("pipeline", *more), os.environ["XLA_FLAGS"])
     for line in process.stdout:
-        if line.startswith("ppo 2/"):
+        if line.startswith("ppo 1/"):
             process.send_signal(signal.SIGTERM)
             break
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75
     assert errors.strip().count("\n") == 0 and "Run the same command" in errors, errors
-    output = finish(workdir)
-    assert "resuming from step" in output
-    assert_same(unbroken[0], workdir)
-    assert "are done" in finish(workdir)
+    run_small(workdir, *more)
+    assert "resuming from step" in capsys.readouterr().out
+    assert_same_policy(finished, workdir)
+    assert timeless(finished, "ppo") == timeless(workdir, "ppo")
+    assert same_text("eval_results_tuned.jsonl", finished, workdir)
+    run_small(workdir, *more)
+    assert "are done" in capsys.readouterr().out
