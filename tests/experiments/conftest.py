@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.experiments.small_runs import Reads, run_small
+from tests.experiments.small_runs import Reads, on_one_device, run_small
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +18,9 @@ def first_run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(first_run):
     return first_run[0]
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """For what does not depend on the mesh: every algorithm and the whole road run on eight devices."""
+    on_one_device(monkeypatch)

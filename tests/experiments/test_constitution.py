@@ -26,7 +26,9 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rewritings_become_examples_and_pairs_and_a_killed_stage_goes_on(finished, tmp_path, monkeypatch):
+def test_rewritings_become_examples_and_pairs_and_a_killed_stage_goes_on(
+    finished, one_device, tmp_path, monkeypatch
+):
     workdir = begun(finished, tmp_path / "run")
     run = lambda where: run_small(where, *SMALL, "stages=('sft','constitution')", config="constitutional")
     run(workdir)
@@ -53,7 +55,7 @@ def test_rewritings_become_examples_and_pairs_and_a_killed_stage_goes_on(finishe
     assert lines(broken / constitution.FILES["sft"]) == examples
 
 
-def test_a_judge_labels_pairs_and_its_doubt_reaches_the_reward_model(finished, tmp_path, capsys):
+def test_a_judge_labels_pairs_and_its_doubt_reaches_the_reward_model(finished, one_device, tmp_path, capsys):
     workdir = begun(finished, tmp_path / "run")
     for file in ("preferences.jsonl", "preferences_held_out.jsonl"):
         (workdir / file).unlink()

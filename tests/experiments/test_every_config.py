@@ -86,7 +86,7 @@ def test_recipes_load_at_the_size_of_their_papers(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["arithmetic", *(f"recipes/{name}" for name in RECIPES)])
-def test_recipes_run_at_tiny(finished, tmp_path, name):
+def test_recipes_run_at_tiny(finished, one_device, tmp_path, name):
     workdir = begun(finished, tmp_path / "run")
     stages = cli.load_config(f"configs/{name}.py:tiny", []).stages
     (stage,) = (s for s in stages if s in ("ppo", "ppo_ptx", "dpo", "grpo"))
@@ -98,7 +98,7 @@ def test_recipes_run_at_tiny(finished, tmp_path, name):
     assert (workdir / "report.html").exists()
 
 
-def test_groups_that_are_replaced_are_the_same_when_resumed(finished, tmp_path, monkeypatch):
+def test_groups_that_are_replaced_are_the_same_when_resumed(finished, one_device, tmp_path, monkeypatch):
     """Dynamic sampling draws prompts and keys by position; the texts written down are those trained on."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     changes = ("grpo.steps=2", "grpo.batch_size=16", "grpo.num_completions=2", "grpo.max_refills=2",
@@ -123,7 +123,7 @@ def test_groups_that_are_replaced_are_the_same_when_resumed(finished, tmp_path, 
         )
 
 
-def test_a_run_with_a_memory_resumes_with_the_same_bits(finished, tmp_path, monkeypatch):
+def test_a_run_with_a_memory_resumes_with_the_same_bits(finished, one_device, tmp_path, monkeypatch):
     """Quark stopped after its first step ends as the unbroken run: the pool is part of the state. Its
     quantile's tokens are in role.json, read by evaluation and told by export."""
     workdirs = [tmp_path / name for name in ("whole", "broken")]
@@ -131,10 +131,9 @@ def test_a_run_with_a_memory_resumes_with_the_same_bits(finished, tmp_path, monk
     for workdir in workdirs:
         begun(finished, workdir)
     run_small(workdirs[0], *settings, config="quark")
-    stop_after_each_step(monkeypatch)
-    with pytest.raises(Interrupted, match="Run the same command"):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="Run the same command"):
+        stop_after_each_step(patch)
         run_small(workdirs[1], *settings, config="quark")
-    monkeypatch.undo()
     run_small(workdirs[1], *settings, config="quark")
     whole, broken = (role_tensors(workdir, "quark") for workdir in workdirs)
     for name in whole:
@@ -152,7 +151,7 @@ def test_a_run_with_a_memory_resumes_with_the_same_bits(finished, tmp_path, monk
     assert one["untuned"] == other["untuned"] and one["tuned"]["kl"] != other["tuned"]["kl"]
 
 
-def test_best_of_n_of_the_base_is_judged_as_a_policy(finished, tmp_path):
+def test_best_of_n_of_the_base_is_judged_as_a_policy(finished, one_device, tmp_path):
     workdir = begun(finished, tmp_path / "best")
     run_small(workdir, "evaluation.best_of=4", config="best_of_n")
     found = json.loads((workdir / "evaluation.json").read_text())

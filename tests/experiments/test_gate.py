@@ -84,7 +84,7 @@ def train(finished, workdir, *, pairs, noise):
     ]
 
 
-def test_a_reward_model_that_learned_by_heart_is_refused(finished, tmp_path, capsys, monkeypatch):
+def test_a_reward_model_that_learned_by_heart_is_refused(finished, one_device, tmp_path, capsys, monkeypatch):
     """The loss falls from a coin's to about 0.003 in many passes over few pairs, as in the published run."""
     workdir = tmp_path / "run"
     argv = train(finished, workdir, pairs=64, noise=0.4)
@@ -114,7 +114,7 @@ def test_a_reward_model_that_learned_by_heart_is_refused(finished, tmp_path, cap
     assert "on to RL" in told
 
 
-def test_a_sound_reward_model_passes_as_a_stage_and_by_the_command(finished, tmp_path, capsys):
+def test_a_sound_reward_model_passes_as_a_stage_and_by_the_command(finished, one_device, tmp_path, capsys):
     workdir, output = tmp_path / "run", tmp_path / "out"
     run_command.command(train(finished, workdir, pairs=768, noise=0.1))
     found = json.loads((workdir / "gate.json").read_text())

@@ -170,7 +170,7 @@ def test_the_stop_request_is_set_by_sigterm_and_handlers_are_put_back():
 
 
 @pytest.mark.parametrize("value", ["own", "reward"])
-def test_a_value_network_of_its_own(finished, tmp_path, value):
+def test_a_value_network_of_its_own(finished, one_device, tmp_path, value):
     """Two steps with it; only one that starts as the reward model predicts anything at the first."""
     workdir = tmp_path / value
     workdir.mkdir()
@@ -184,7 +184,9 @@ def test_a_value_network_of_its_own(finished, tmp_path, value):
     assert same == (value == "own")  # zeros explain nothing; the reward model says something from the start
 
 
-def test_a_policy_is_tuned_on_functions_without_a_reward_model(finished, tmp_path, monkeypatch, capsys):
+def test_a_policy_is_tuned_on_functions_without_a_reward_model(
+    finished, one_device, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "mine.py").write_text(
         "def short(completions, input_text):\n    return [1.0 / (1 + len(text)) for text in completions]\n"
     )

@@ -95,7 +95,7 @@ def test_cached_log_probabilities_change_no_figure_and_are_made_once(started, mo
 
 
 @pytest.mark.parametrize("mix", [0.6, pytest.param(1.0, marks=pytest.mark.slow)])
-def test_a_following_reference_is_resumed_to_the_bit(started, monkeypatch, mix):
+def test_a_following_reference_is_resumed_to_the_bit(started, one_device, monkeypatch, mix):
     where, plain = started
     change = ("dpo.reference_sync_steps=2", f"dpo.reference_sync_mix={mix}")
     unbroken, real = tune(where, f"unbroken{mix}", *change), offline.train
@@ -127,7 +127,7 @@ def test_a_following_reference_is_resumed_to_the_bit(started, monkeypatch, mix):
 
 
 @pytest.mark.parametrize("loss_type, read", [("sigmoid", True), ("hinge", False)])
-def test_soft_labels_of_a_file_reach_the_records(started, monkeypatch, capsys, loss_type, read):
+def test_soft_labels_of_a_file_reach_the_records(started, one_device, monkeypatch, capsys, loss_type, read):
     where, _ = started
     write_pairs(where / "soft.jsonl", soft_label=0.7)
     with (where / "soft.jsonl").open("a") as file:

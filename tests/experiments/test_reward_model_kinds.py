@@ -1,18 +1,15 @@
 """Every kind of reward model from its config: feedback, training, held-out figures, and a policy trained on it."""
 
-import functools
 import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
 from experiments import cli, pipeline
 from rlhf_jax.checkpoints import roles as role_files
 from rlhf_jax.errors import InputError
-from rlhf_jax.parallel import mesh
 from rlhf_jax.training import feedback
 from rlhf_jax.training.algorithms.reward_models import TEXT_KINDS
 from rlhf_jax.training.checks import check_config
@@ -23,13 +20,6 @@ KINDS = sorted(path.stem for path in pathlib.Path("configs/reward_models").glob(
 # Those whose feedback, objective or way to be read is their own; the others run with these or in test_pipeline.py.
 RUN = ("token_level", "ranking", "classification", "regression")
 SMALLER = ("reward_model.steps=2", "preferences.num_pairs=32", "data.held_out_pairs=32")
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Compiles in half the time; the other tests of this folder run on eight."""
-    alone = functools.partial(mesh.make_mesh, 1, 1, 1, jax.devices()[:1])
-    monkeypatch.setattr(mesh, "make_mesh", lambda **_: alone())
 
 
 def losses(workdir, stage):

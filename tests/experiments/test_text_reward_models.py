@@ -1,16 +1,13 @@
 """Reward models with a tokenizer of their own, from one value of a config to a policy that they reward."""
 
-import functools
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
 from experiments import cli, export, pipeline
 from rlhf_jax.errors import InputError, Interrupted
-from rlhf_jax.parallel import mesh
 from rlhf_jax.rewards.models import catalogue
 from rlhf_jax.training import offline
 from rlhf_jax.training.checks import check_config
@@ -19,13 +16,6 @@ from tests.experiments.small_runs import run_small, stop_after_each_step
 
 SMALLER = ("reward_model.steps=2", "preferences.num_pairs=32", "data.held_out_pairs=32", "ppo.steps=2",
            "ppo.rollout_epochs=1", "ppo.eval_every_steps=0")  # fmt: skip
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Compiles in half the time; the encoder runs on eight."""
-    alone = functools.partial(mesh.make_mesh, 1, 1, 1, jax.devices()[:1])
-    monkeypatch.setattr(mesh, "make_mesh", lambda **_: alone())
 
 
 def begun(finished, workdir, *files):

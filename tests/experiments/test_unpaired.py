@@ -15,7 +15,7 @@ from tests.experiments.small_runs import begun
 WORDS = ("good", "bad", "fine", "poor", "a fine day", "it was bad", "great fun", "no")
 
 
-def test_kto_from_labels(finished, tmp_path, capsys):
+def test_kto_from_labels(finished, one_device, tmp_path, capsys):
     rows = [
         {"prompt": f"The film was {WORDS[i % 8]} and", "completion": WORDS[i % 7], "label": i % 3 == 0}
         for i in range(30)

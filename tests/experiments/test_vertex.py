@@ -13,6 +13,7 @@ from rlhf_jax.models.roles import Role
 from rlhf_jax.training import algorithms
 from rlhf_jax.training.checks import check_config
 from rlhf_jax.training.metrics import read_metrics
+from tests.experiments.small_runs import on_one_device
 
 PARAMETERS = {
     "preference_dataset": "pairs*.jsonl",
@@ -279,6 +280,7 @@ def finished(data, tmp_path_factory):
              "model_display_name": "m"}  # fmt: skip
     path.write_text(json.dumps(data | cloud))
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        on_one_device(patch)
         spy = Spy(patch)
         start(path, folder / "run", *SMALL)
     return folder / "run", spy, output.getvalue()
@@ -318,7 +320,7 @@ def test_cloud_parameters_are_named_as_without_effect(finished):
     assert "no effect" in note
 
 
-def test_kl_coeff_0_asks_nothing_of_the_reference(data, finished, written, tmp_path, monkeypatch):
+def test_kl_coeff_0_asks_nothing_of_the_reference(data, finished, one_device, written, tmp_path, monkeypatch):
     workdir, with_reference, _ = finished
     assert with_reference.reference and with_reference.policy
     shutil.copytree(workdir / "roles" / "reward_model", tmp_path / "run" / "roles" / "reward_model")
