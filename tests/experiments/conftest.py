@@ -21,6 +21,8 @@ def finished(first_run):
 
 
 @pytest.fixture
-def one_device(monkeypatch):
+def one_device():
     """For what does not depend on the mesh: every algorithm and the whole road run on eight devices."""
-    on_one_device(monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:  # of its own: a test may undo what it has patched itself
+        on_one_device(patch)
+        yield
