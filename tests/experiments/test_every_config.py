@@ -85,7 +85,17 @@ def test_recipes_load_at_the_size_of_their_papers(name, monkeypatch):
         assert config.data.prompts and "preferences" not in config.stages
 
 
-@pytest.mark.parametrize("name", ["arithmetic", *(f"recipes/{name}" for name in RECIPES)])
+# The others differ from these by values of keys alone, which are checked above.
+ORDINARY = ("arithmetic", "recipes/instructgpt", "recipes/dapo", "recipes/vertex_full", "recipes/zephyr_dpo")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ORDINARY else pytest.mark.slow)
+        for name in ("arithmetic", *(f"recipes/{name}" for name in RECIPES))
+    ],
+)
 def test_recipes_run_at_tiny(finished, one_device, tmp_path, name):
     workdir = begun(finished, tmp_path / "run")
     stages = cli.load_config(f"configs/{name}.py:tiny", []).stages
@@ -123,7 +133,7 @@ def test_groups_that_are_replaced_are_the_same_when_resumed(finished, one_device
         )
 
 
-def test_a_run_with_a_memory_resumes_with_the_same_bits(finished, one_device, tmp_path, monkeypatch):
+def test_a_run_with_a_memory_resumes_with_the_same_bits(finished, tmp_path, monkeypatch):
     """Quark stopped after its first step ends as the unbroken run: the pool is part of the state. Its
     quantile's tokens are in role.json, read by evaluation and told by export."""
     workdirs = [tmp_path / name for name in ("whole", "broken")]
