@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlhf_jax.checkpoints import huggingface
-from rlhf_jax.models.llama import Llama, LlamaConfig
+from rlhf_jax.models import architectures
+from rlhf_jax.models.llama import Llama
 
 
 def train_tokenizer(corpus: list[str], vocab_size: int):
@@ -48,20 +49,7 @@ def make(directory: str, corpus: list[str], *, seed: int = 0, vocab_size: int = 
     if os.path.exists(os.path.join(directory, "config.json")):
         return directory
     tokenizer = train_tokenizer(corpus, vocab_size)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=width // 4,
-        max_position=256,
-        tie_embeddings=True,
-        initializer_range=0.05,
-        bos_id=tokenizer.bos_token_id,
-        eos_ids=(tokenizer.eos_token_id,),
-    )
+    config = architectures.tiny(len(tokenizer), width, tokenizer.bos_token_id, tokenizer.eos_token_id)
     ids = jnp.zeros((1, 1), jnp.int32)
     params = nn.meta.unbox(jax.jit(Llama(config).init)(jax.random.key(seed), ids, ids)["params"])
     huggingface.save_llama(directory, config, params, tokenizer)

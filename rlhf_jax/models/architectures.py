@@ -16,20 +16,28 @@ ARCHITECTURES: dict[str, LlamaConfig] = {
     for name, shape in _SHAPES.items()
     for kind in ("", "-chat")
 }
-# What checkpoints/tiny.py makes, and the embedded model (checkpoints/gguf.py).
-ARCHITECTURES["tiny"] = LlamaConfig(
-    vocab_size=1024,
-    hidden_size=64,
-    intermediate_size=128,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    max_position=256,
-    tie_embeddings=True,
-    bos_id=1,
-    eos_ids=(2,),
-)
+
+
+def tiny(vocab_size: int = 1024, width: int = 64, bos_id: int = 1, eos_id: int = 2) -> LlamaConfig:
+    """What checkpoints/tiny.py makes."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=width // 4,
+        max_position=256,
+        tie_embeddings=True,
+        initializer_range=0.05,
+        bos_id=bos_id,
+        eos_ids=(eos_id,),
+    )
+
+
+ARCHITECTURES["tiny"] = tiny()
+# The embedded model, as its file says too (checkpoints/gguf.py).
 ARCHITECTURES["smollm2"] = LlamaConfig(
     vocab_size=49152,
     hidden_size=576,

@@ -33,9 +33,7 @@ class DecodeContext:
 
     prompt_mask: jax.Array  # [B, P]
     step: jax.Array  # int32 scalar
-    age: (
-        jax.Array
-    )  # [B, G], or [1, 1] if it is the same for all: tokens that the completion has before this one, < R
+    age: jax.Array  # [B, G], or [1, 1] if all have the same: tokens of the completion before this one, < R
 
 
 def rotary_tables(positions, config: LlamaConfig):

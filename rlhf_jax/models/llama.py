@@ -279,10 +279,39 @@ def _restarting(segments):
     return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=segments.ndim - 1)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def contract(x, kernel, n):
     """The last n axes of x with the first n of the kernel, in x's dtype."""
-    kernel = kernel.astype(x.dtype)
-    return jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
+    return _contract(x, kernel, n)
+
+
+def _contract(x, kernel, n):
+    axes = tuple(range(x.ndim - n, x.ndim)), tuple(range(n))
+    return jax.lax.dot_general(x, kernel.astype(x.dtype), (axes, ((), ())))
+
+
+@functools.partial(contract.defjvp, symbolic_zeros=True)
+def _contract_tangent(n, primals, tangents):
+    (x, kernel), (of_x, of_kernel) = primals, tangents
+    moved = lambda tangent: not isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    tangent = _contract(of_x, kernel, n) if moved(of_x) else 0.0
+    if moved(of_kernel):
+        tangent += jax.custom_derivatives.linear_call(
+            lambda x, of_kernel: _contract(x, of_kernel, n), functools.partial(_kernel_gradient, n=n), x, of_kernel
+        )
+    return _contract(x, kernel, n), tangent
+
+
+def _kernel_gradient(x, g, n):
+    """What x and the output's gradient g give the kernel: a sum over tokens. The narrower of the two comes first.
+
+    That one is transposed to be multiplied; on a CPU, the other would be computed again in the order of the transpose."""
+    tokens = tuple(range(x.ndim - n))
+    sums = lambda x, y: jax.lax.dot_general(x, y, ((tokens, tokens), ((), ())))
+    inputs, outputs = x.shape[x.ndim - n :], g.shape[x.ndim - n :]
+    if math.prod(inputs) <= math.prod(outputs):
+        return sums(x, g)
+    return jnp.moveaxis(sums(g, x), range(len(outputs)), range(-len(outputs), 0))
 
 
 def _contract_quantised(x, held, n):

@@ -112,7 +112,8 @@ def test_groups_that_are_replaced_are_the_same_when_resumed(finished, one_device
     """Dynamic sampling draws prompts and keys by position; the texts written down are those trained on."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     changes = ("grpo.steps=2", "grpo.batch_size=16", "grpo.num_completions=2", "grpo.max_refills=2",
-               "grpo.rollout_epochs=1", "rewards.components=('sentiment',)", "stages=('sft','grpo')")  # fmt: skip
+               "grpo.rollout_epochs=1", "grpo.pack_completions=True",
+               "rewards.components=('sentiment',)", "stages=('sft','grpo')")  # fmt: skip
     for workdir in (whole, broken):
         for part in ("base", "roles/sft"):
             shutil.copytree(finished / part, workdir / part)

@@ -199,6 +199,7 @@ def test_a_policy_is_tuned_on_functions_without_a_reward_model(
         workdir,
         "grpo.steps=2",
         "grpo.batch_size=16",
+        "grpo.pack_completions=True",
         "stages=('sft','grpo','evaluation')",
         "rewards.components=('mine:short','sentiment')",
         "rewards.weights=(1.0,0.5)",
