@@ -35,7 +35,7 @@ def fused_token_logprobs(hidden, unembedding, token_ids, *, chunk_size=8192, tem
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     V = unembedding.shape[-1]
-    size = V if chunk_size <= 0 else min(chunk_size, V)
+    size = V if chunk_size <= 0 else -(-V // -(-V // min(chunk_size, V)))  # pieces of about the same size
     logprobs, entropy = _fused(
         size, flat, unembedding, token_ids.reshape(-1), jnp.asarray(temperature, jnp.float32)
     )
@@ -47,12 +47,15 @@ def _fused(size, hidden, unembedding, token_ids, temperature):
     return _forward(size, hidden, unembedding, token_ids, temperature)[:2]
 
 
-def _forward(size, hidden, unembedding, token_ids, temperature):
-    """Running maximum, sum of exponentials and its mean logit over the pieces (Milakov & Gimelshein 2018)."""
-    N = hidden.shape[0]
+def _forward(size, hidden, unembedding, token_ids, temperature, with_slope=False):
+    """Running maximum, sum of exponentials and its mean logit over the pieces (Milakov & Gimelshein 2018).
+
+    Returns: (logprobs, entropy, normaliser [N]; slope [N, D] of logprobs by hidden, times the temperature, or None).
+    """
+    N, D = hidden.shape
 
     def fold(carry, start):
-        top, total, weighted, chosen = carry
+        top, total, weighted, chosen, read = carry
         logits, fresh = vocabulary_piece(size, hidden, unembedding, temperature, start)
         new_top = jnp.maximum(top, logits.max(-1))
         mass = jnp.exp(logits - new_top[:, None])
@@ -64,17 +67,24 @@ def _forward(size, hidden, unembedding, token_ids, temperature):
         inside = (local >= 0) & (local < size)
         found = jnp.take_along_axis(logits, jnp.clip(local, 0, size - 1)[:, None], axis=-1)[:, 0]
         chosen = jnp.where(inside & jnp.isfinite(found), found, chosen)
-        return (new_top, total, weighted, chosen), None
+        if with_slope:
+            columns = jax.lax.dynamic_slice_in_dim(unembedding, start, size, axis=1).astype(hidden.dtype)
+            more = jnp.dot(mass.astype(hidden.dtype), columns.T, preferred_element_type=jnp.float32)
+            read = read * shrink[:, None] + more
+        return (new_top, total, weighted, chosen, read), None
 
     carry = (jnp.full(N, -jnp.inf), jnp.zeros(N), jnp.zeros(N), jnp.zeros(N))
+    carry += (jnp.zeros((N, D)) if with_slope else None,)
     starts = piece_starts(size, unembedding.shape[-1])
     if len(starts) == 1:
         carry, _ = fold(carry, 0)
     else:
         carry, _ = jax.lax.scan(fold, carry, jnp.array(starts))
-    top, total, weighted, chosen = carry
-    normaliser = top + jnp.log(total)
-    return chosen - normaliser, normaliser - weighted / total, normaliser
+    top, total, weighted, chosen, read = carry
+    normaliser, slope = top + jnp.log(total), None
+    if with_slope:
+        slope = jnp.take(unembedding, token_ids, axis=1).T.astype(jnp.float32) - read / total[:, None]
+    return chosen - normaliser, normaliser - weighted / total, normaliser, slope
 
 
 def piece_starts(size, V):
@@ -103,19 +113,29 @@ def join_pieces(pieces, starts, unembedding):
 
 
 def _fused_forward(size, hidden, unembedding, token_ids, temperature):
+    """In pieces, and with a head that is not trained, the gradient of logprobs is made here, of the logits that are at
+    hand: the backward pass would compute them again."""
     head_is_trained = unembedding.perturbed
     values = [x.value for x in (hidden, unembedding, token_ids, temperature)]
-    logprobs, entropy, normaliser = _forward(size, *values)
+    with_slope = hidden.perturbed and not head_is_trained and size < values[1].shape[1]
+    logprobs, entropy, normaliser, slope = _forward(size, *values, with_slope)
     # Whether to compute the head's gradient is known while tracing; residuals hold arrays, so it travels as structure.
-    return (logprobs, entropy), (*values, normaliser, entropy, () if head_is_trained else None)
+    told = (logprobs, entropy, normaliser, slope)
+    return (logprobs, entropy), (*values, *told, () if head_is_trained else None)
 
 
 def _fused_backward(size, saved, cotangents):
-    hidden, unembedding, token_ids, temperature, normaliser, entropy, head_is_trained = saved
+    hidden, unembedding, token_ids, temperature, logprobs, entropy, normaliser, slope, head_is_trained = saved
     zero = jax.custom_derivatives.SymbolicZero
     N, V = hidden.shape[0], unembedding.shape[-1]
     of_logprob, of_entropy = (jnp.zeros(N) if isinstance(g, zero) else g for g in cotangents)
     entropy_matters = not isinstance(cotangents[1], zero)
+    if slope is not None and not entropy_matters:
+        d_temperature = (
+            -(of_logprob * (logprobs + entropy)).sum() / temperature
+        )  # the chosen logit less the mean one
+        d_hidden = of_logprob[:, None] * slope / temperature
+        return d_hidden.astype(hidden.dtype), jnp.zeros_like(unembedding), None, d_temperature
 
     def add(carry, start):
         d_hidden, d_temperature = carry

@@ -281,7 +281,7 @@ def _restarting(segments):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def contract(x, kernel, n):
-    """The last n axes of x with the first n of the kernel, in x's dtype."""
+    """The last n axes of x with the first n of the kernel, in x's dtype. Differentiated once, forwards or backwards."""
     return _contract(x, kernel, n)
 
 
@@ -297,7 +297,10 @@ def _contract_tangent(n, primals, tangents):
     tangent = _contract(of_x, kernel, n) if moved(of_x) else 0.0
     if moved(of_kernel):
         tangent += jax.custom_derivatives.linear_call(
-            lambda x, of_kernel: _contract(x, of_kernel, n), functools.partial(_kernel_gradient, n=n), x, of_kernel
+            lambda x, of_kernel: _contract(x, of_kernel, n),
+            functools.partial(_kernel_gradient, n=n),
+            x,
+            of_kernel,
         )
     return _contract(x, kernel, n), tangent
 
@@ -305,7 +308,7 @@ def _contract_tangent(n, primals, tangents):
 def _kernel_gradient(x, g, n):
     """What x and the output's gradient g give the kernel: a sum over tokens. The narrower of the two comes first.
 
-    That one is transposed to be multiplied; on a CPU, the other would be computed again in the order of the transpose."""
+    It is transposed to be multiplied; on a CPU, the other would be computed again in the order of the transpose."""
     tokens = tuple(range(x.ndim - n))
     sums = lambda x, y: jax.lax.dot_general(x, y, ((tokens, tokens), ((), ())))
     inputs, outputs = x.shape[x.ndim - n :], g.shape[x.ndim - n :]

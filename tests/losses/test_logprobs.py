@@ -115,6 +115,28 @@ def test_fused_gradients_against_float64(chunk_size, temperature):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("chunk_size", [0, 5, 36])
+@pytest.mark.parametrize("of_entropy", [0.0, 1.0], ids=["told", "rewarded"])
+def test_gradients_under_a_frozen_head_against_float64(chunk_size, of_entropy):
+    """Made in the forward pass where there are pieces and entropy has no part in the loss."""
+    hidden, head, ids = case(5)
+    weights = jax.random.normal(jax.random.key(6), (2, 2, 4)) * jnp.array([1.0, of_entropy])[:, None, None]
+
+    def loss(hidden, temperature):
+        logp, entropy = fused_token_logprobs(
+            hidden, head, ids, chunk_size=chunk_size, temperature=temperature
+        )
+        total = (weights[0] * logp).sum() + ((weights[1] * entropy).sum() if of_entropy else 0.0)
+        return total, entropy
+
+    got, entropy = jax.grad(loss, (0, 1), has_aux=True)(hidden, 0.7)
+    expected = analytic_gradients(hidden, head, ids, *weights, 0.7)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got[1], expected[2], rtol=1e-5, atol=1e-5)
+    z = np.float64(hidden) @ np.float64(head)
+    np.testing.assert_allclose(entropy, reference(z, ids, 0.7)[1], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("chunk_size", [0, 16])
 def test_gradients_at_logits_of_1e4_against_float64(chunk_size):
     # Products of small integers and powers of two are exact, so both precisions see the same logits.
@@ -130,7 +152,7 @@ def test_gradients_at_logits_of_1e4_against_float64(chunk_size):
     got = jax.grad(loss, (0, 1))(hidden, head)
     zeros, ones = np.zeros((1, 3)), np.ones((1, 3))
     exact = analytic_gradients(hidden, head, ids, ones, zeros, 1.0)
-    for a, b in zip(got, exact[:2], strict=True):
+    for a, b in zip((*got, jax.grad(loss)(hidden, head)), (*exact[:2], exact[0]), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
 
 
@@ -151,7 +173,8 @@ def test_no_gradient_is_computed_for_a_frozen_head():
     of_hidden = lambda h: fused_token_logprobs(h, head, ids, chunk_size=16)[0].sum()
     of_both = lambda h, w: fused_token_logprobs(h, w, ids, chunk_size=16)[0].sum()
     count = lambda f, *args: str(jax.make_jaxpr(f)(*args)).count("dot_general")
-    assert count(jax.grad(of_hidden), hidden) < count(jax.grad(of_both, (0, 1)), hidden, head)
+    assert count(jax.grad(of_both, (0, 1)), hidden, head) == 4
+    assert count(jax.grad(of_hidden), hidden) == 2  # and the logits are computed once
 
 
 def test_no_array_of_the_whole_vocabulary_is_made():

@@ -9,7 +9,14 @@ from rlhf_jax.losses.ppo import VALUE_LOSSES, clipped_policy_loss, value_loss
 from rlhf_jax.losses.supervised import completion_cross_entropy
 from rlhf_jax.models import heads, roles
 from rlhf_jax.training.algorithms.row import Algorithm
-from rlhf_jax.training.algorithms.shared import OnlineSettings, control_kl, scored, sequences, token_mask
+from rlhf_jax.training.algorithms.shared import (
+    OnlineSettings,
+    control_kl,
+    scored,
+    sequences,
+    token_mask,
+    with_entropy,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +146,7 @@ def with_value(settings, network, trained, frozen, batch, states, entropy, polic
         sequences(values), sequences(batch.old_values), sequences(batch.returns), mask, *kind
     )
     mean_entropy = masked_mean(sequences(entropy), mask)
-    loss = policy_loss + settings.value_coeff * of_values - settings.entropy_coeff * mean_entropy
+    loss = with_entropy(settings, policy_loss + settings.value_coeff * of_values, mean_entropy)
     metrics = metrics | value_metrics | {"policy_loss": policy_loss, "entropy": mean_entropy}
     metrics["value_loss"] = of_values
     # Before the first update the policy is the one that sampled: this is 0 but for rounding, or something is wrong.

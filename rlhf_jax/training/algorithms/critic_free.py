@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from rlhf_jax.losses.masking import masked_mean
-from rlhf_jax.training.algorithms.shared import sequences, token_mask
+from rlhf_jax.training.algorithms.shared import sequences, token_mask, with_entropy
 
 
 def policy(network, trained, frozen, batch):
@@ -26,7 +26,7 @@ def finished(settings, loss, metrics, entropy, mask, num_sequences=None):
     metrics = metrics | {"policy_loss": loss, "entropy": mean_entropy}
     # Before the first update the policy is the one that sampled: this is 0 but for rounding, or something is wrong.
     metrics["first_ratio_gap"] = metrics.pop("ratio_max_gap")
-    return loss - settings.entropy_coeff * mean_entropy, (weight, metrics)
+    return with_entropy(settings, loss, mean_entropy), (weight, metrics)
 
 
 def with_advantages(batch, advantages):

@@ -17,7 +17,7 @@ from rlhf_jax.losses.policy_gradient import policy_gradient_loss
 from rlhf_jax.training.algorithms import actor_critic
 from rlhf_jax.training.algorithms.actor_critic import CriticSettings
 from rlhf_jax.training.algorithms.row import Algorithm
-from rlhf_jax.training.algorithms.shared import control_kl, sequences, token_mask
+from rlhf_jax.training.algorithms.shared import control_kl, sequences, token_mask, with_entropy
 from rlhf_jax.training.trust_region import trust_region
 from rlhf_jax.training.update import microbatches
 
@@ -93,7 +93,7 @@ def extras(settings, network, trained, frozen, batch):
         logprobs, entropy, new = network.logprobs(base, policy, part)
         loss, _ = _policy_loss(logprobs, part)
         mask = token_mask(part)
-        loss = loss - settings.entropy_coeff * masked_mean(sequences(entropy), mask)
+        loss = with_entropy(settings, loss, masked_mean(sequences(entropy), mask))
         kl = fisher.softmax_kl(states, head, normaliser, new, network.unembedding(base, policy), **options)
         return jnp.stack([loss, masked_mean(sequences(kl), mask)]) * mask.sum() / tokens
 

@@ -14,7 +14,14 @@ from rlhf_jax.losses.supervised import completion_cross_entropy
 from rlhf_jax.models import roles
 from rlhf_jax.training.algorithms.preference import DPOSettings, dpo_loss
 from rlhf_jax.training.algorithms.row import Algorithm
-from rlhf_jax.training.algorithms.shared import CompletionSettings, control_kl, scored, sequences, token_mask
+from rlhf_jax.training.algorithms.shared import (
+    CompletionSettings,
+    control_kl,
+    scored,
+    sequences,
+    token_mask,
+    with_entropy,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +184,7 @@ def raft_objective(settings, network, trained, frozen, controllers, batch, rng):
     metrics["chosen_reward"] = masked_mean(batch.advantages[..., 0], batch.weights)
     mean_entropy = masked_mean(sequences(entropy), mask)
     metrics |= {"entropy": mean_entropy, "first_ratio_gap": _ratio_gap(batch, logprobs, mask)}
-    return loss - settings.entropy_coeff * mean_entropy, (mask.sum(), metrics)
+    return with_entropy(settings, loss, mean_entropy), (mask.sum(), metrics)
 
 
 def online_dpo_objective(settings, network, trained, frozen, controllers, batch, rng):
@@ -189,7 +196,7 @@ def online_dpo_objective(settings, network, trained, frozen, controllers, batch,
     by_pair = masked_mean(sequences(entropy), mask, axis=-1).reshape(-1, 2).mean(-1)
     mean_entropy = masked_mean(by_pair, batch.weights.min(1))
     metrics |= {"entropy": mean_entropy, "first_ratio_gap": _ratio_gap(batch, logprobs, mask)}
-    return loss - settings.entropy_coeff * mean_entropy, (weight, metrics)
+    return with_entropy(settings, loss, mean_entropy), (weight, metrics)
 
 
 def quark_objective(settings, network, trained, frozen, controllers, batch, rng):
@@ -198,7 +205,7 @@ def quark_objective(settings, network, trained, frozen, controllers, batch, rng)
     logprobs, entropy, states = network.logprobs(frozen["base"], policy, batch)
     likelihood = completion_cross_entropy(sequences(logprobs), mask)
     mean_entropy = masked_mean(sequences(entropy), mask)
-    loss, metrics = likelihood - settings.entropy_coeff * mean_entropy, {"entropy": mean_entropy}
+    loss, metrics = with_entropy(settings, likelihood, mean_entropy), {"entropy": mean_entropy}
     metrics["policy_loss"] = likelihood
     if settings.kl_loss_coeff:
         bare = batch.replace(prompt_mask=batch.ref_prompt_mask)

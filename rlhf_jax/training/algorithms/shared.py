@@ -91,6 +91,12 @@ class CompletionSettings(OnlineSettings):
         return super().check()
 
 
+def with_entropy(settings, loss, mean_entropy):
+    """The loss with the entropy bonus. Without one, entropy is told and has no gradient, whose zeros would cost as much
+    as the gradient of the log-probabilities."""
+    return loss - settings.entropy_coeff * mean_entropy if settings.entropy_coeff else loss
+
+
 class Penalty(NamedTuple):
     """What a rollout pays for its distance from the reference, [B * G, R] nats, 0 where no token is."""
 
