@@ -7,6 +7,7 @@ side. Nothing is timed before all sides give the same log-probabilities on the s
 in Markdown: medians, the lowest and highest of the rounds, the ratio to the faster peer, the share of the floor."""
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -21,6 +22,10 @@ SIDES = ("ours", "trl", "tunix")
 TABLE = [name for name in WORKLOADS if not name.endswith("_T")]
 TOLERANCE = 1e-4  # of log-probabilities
 WARM_UPS = 2
+
+
+class Ended(Exception):
+    """A side's process, before it had an answer: most often it was killed for its memory."""
 
 
 class Side:
@@ -45,12 +50,13 @@ class Side:
     def read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"error: {self.name} ended; its last words are in {self.log}")
+            raise Ended(f"{self.name} ended (status {self.process.wait()}); its last words are in {self.log}")
         return json.loads(line)
 
     def ask(self, command: str) -> dict:
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as reading will tell
+            self.process.stdin.write(json.dumps(command) + "\n")
+            self.process.stdin.flush()
         return self.read()
 
     def run(self) -> float:
@@ -76,19 +82,30 @@ def measure(workload: str, sides: list[str], rounds: int, folder: str) -> dict:
         for side in sides:
             running[side] = Side(side, workload, model_dir, folder)
             check_same(workload, side, running[side].logprobs, running[sides[0]].logprobs)
-        found = {side: {"first": one.run(), "seconds": []} for side, one in running.items()}
-        for _ in range(WARM_UPS - 1):
-            for one in running.values():
-                one.run()
-        for _ in range(rounds):
-            for side, one in running.items():
-                found[side]["seconds"].append(one.run())
-        for side, one in running.items():
-            found[side]["peak_bytes"] = one.ask("memory")["peak_bytes"]
+        turns = [of_all(running, Side.run) for _ in range(WARM_UPS + rounds)]
+        peaks = of_all(running, lambda side: side.ask("memory")["peak_bytes"])
+    except Ended as error:  # before it had anything to do
+        sys.exit(f"error: {error}")
     finally:
         for one in running.values():
             one.close()
-    return found
+    seconds = {side: [turn[side] for turn in turns] for side in peaks}
+    return {
+        side: {"first": one[0], "seconds": one[WARM_UPS:], "peak_bytes": peaks[side]}
+        for side, one in seconds.items()
+    }
+
+
+def of_all(running: dict, question) -> dict:
+    """{side: its answer}, one after the other; a side that has ended is told of and left out from here on."""
+    answers = {}
+    for side, one in list(running.items()):
+        try:
+            answers[side] = question(one)
+        except Ended as error:
+            print(f"error: {error}", file=sys.stderr)
+            running.pop(side).close()
+    return answers
 
 
 def check_same(workload, side, logprobs, expected):
