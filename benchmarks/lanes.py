@@ -10,16 +10,14 @@ import functools
 import statistics
 import time
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import workloads
-from benchmarks.lengths import cpu_seconds
+from benchmarks.lengths import cpu_seconds, random_model
 from rlhf_jax.data import packing
 from rlhf_jax.models import lora
-from rlhf_jax.models.llama import Llama, LlamaConfig
 from rlhf_jax.models.roles import Role
 from rlhf_jax.training.algorithms import ALGORITHMS, Network
 from rlhf_jax.training.optimizer import make_optimizer
@@ -57,16 +55,13 @@ def main():
     parser.add_argument("--completions", type=int, default=8)
     parser.add_argument("--mean", type=int, default=24)
     options = parser.parse_args()
-    shape = workloads.SHAPES["S"]
-    config = LlamaConfig(
-        shape.vocab_size, shape.hidden_size, shape.intermediate_size, shape.num_layers, shape.num_heads,
-        shape.num_kv_heads, shape.head_dim, tie_embeddings=shape.tied, initializer_range=0.02,
-    )  # fmt: skip
-    network, ids = Network(Llama(config)), jnp.zeros((1, 1), jnp.int32)
-    base = nn.meta.unbox(jax.jit(network.model.init)(jax.random.key(0), ids, ids)["params"])
+    model, base = random_model()
+    network = Network(model)
     row = ALGORITHMS["grpo"]
     settings, optimizer = row.settings(kl_coeff=0.0, kl_loss_coeff=0.04), make_optimizer(lambda step: 1e-5)
-    policy = Role(adapter=lora.init(jax.random.key(1), config, lora.LoraConfig(rank=workloads.LORA_RANK)))
+    policy = Role(
+        adapter=lora.init(jax.random.key(1), model.config, lora.LoraConfig(rank=workloads.LORA_RANK))
+    )
     trained = {"policy": policy}
     state = TrainState(
         trained, optimizer.init(trained), jnp.int32(0), jax.random.key(0), {"kl_coeff": jnp.float32(0)}
@@ -83,7 +78,7 @@ def main():
     taken, used = {"padded": [], "lanes": []}, []
     for turn in range(options.rounds):
         batch, lengths = rollout(
-            np.random.default_rng(turn), shape.vocab_size, options.completions, options.mean
+            np.random.default_rng(turn), model.config.vocab_size, options.completions, options.mean
         )
         lanes = packing.lanes(lengths, COMPLETION)
         used.append(f"{lanes.shape[0]} x {lanes.shape[1]}" if lanes else "none")

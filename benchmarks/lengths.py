@@ -28,6 +28,17 @@ def cpu_seconds():
     return (used.ru_utime + used.ru_stime) / len(os.sched_getaffinity(0))
 
 
+def random_model():
+    """(Llama, params) of shape S."""
+    shape = workloads.SHAPES["S"]
+    config = LlamaConfig(
+        shape.vocab_size, shape.hidden_size, shape.intermediate_size, shape.num_layers, shape.num_heads,
+        shape.num_kv_heads, shape.head_dim, tie_embeddings=shape.tied, initializer_range=0.02,
+    )  # fmt: skip
+    model, ids = Llama(config), jnp.zeros((1, 1), jnp.int32)
+    return model, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), ids, ids)["params"])
+
+
 def settings_of(name: str, shape, completions: int, full: bool) -> SamplingConfig:
     """name: `all` or a number of slots, then for halvings `/` and how many."""
     first, (slots, _, halvings) = workloads.FIRST_WORD, name.partition("/")
@@ -50,14 +61,8 @@ def main():
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--ways", default="all,all/3,8,16,32,16/2,32/2")
     options = parser.parse_args()
+    model, params = random_model()
     shape = workloads.SHAPES["S"]
-    config = LlamaConfig(
-        shape.vocab_size, shape.hidden_size, shape.intermediate_size, shape.num_layers, shape.num_heads,
-        shape.num_kv_heads, shape.head_dim, tie_embeddings=shape.tied, initializer_range=0.02,
-    )  # fmt: skip
-    model = Llama(config)
-    ids = jnp.zeros((1, 1), jnp.int32)
-    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), ids, ids)["params"])
     prompts = jax.random.randint(jax.random.key(1), (options.prompts, PROMPT), 3, shape.vocab_size)
     names = options.ways.split(",")
     wall, cpu, rates = ({name: [] for name in names} for _ in range(3))
