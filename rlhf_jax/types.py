@@ -11,9 +11,8 @@ import jax
 class Lanes:
     """How the completions of a prompt stand one after the other in L lanes of W slots; models/lanes.py."""
 
-    start: (
-        jax.Array
-    )  # [B, G] int32, the slot, of all L * W, of a completion's first token; one after its last is free
+    # [B, G] int32, which of all L * W slots has a completion's first token; the one after its last is free.
+    start: jax.Array
     shape: tuple[int, int] = flax.struct.field(pytree_node=False)  # L, W
 
 

@@ -75,9 +75,8 @@ def online(run: Run, name: str) -> None:
         taught = batch
         if select is not None:
             key = jax.random.fold_in(jax.random.fold_in(rng, 6), position)
-            memory, taught = select(
-                state.memory, batch.replace(lanes=None), key
-            )  # of others than were sampled
+            # What is chosen has other completions than the lanes were made for.
+            memory, taught = select(state.memory, batch.replace(lanes=None), key)
             state = state.replace(memory=memory)
         state, update_metrics = update(state, frozen, taught, rows_of(position))
         parts.mark("update", update_metrics)
