@@ -103,15 +103,14 @@ def group_attention(q_BSHC, k_BSKC, v_BSKC, context: GroupContext):
 
 
 def decode_attention(q_BGHC, prompt_keys, prompt_values, own_keys, own_values, context: DecodeContext):
-    """One query a completion, against the prompt's cache [B, K, P, C] and its own [B, G, K, R, C]: the last age + 1
+    """One query a completion, against the prompt's cache [B, K, P, C] and its own [B * G, K, R, C]: the last age + 1
     columns of the ring."""
     B, G, _, C = q_BGHC.shape
     K, P = prompt_keys.shape[1:3]
-    R = own_keys.shape[3]
+    R = own_keys.shape[2]
     q = (q_BGHC * C**-0.5).reshape(B, G, K, -1, C)
-    scores = jnp.concatenate(
-        [_wide("bgkmc,bkpc->bgkmp", q, prompt_keys), _wide("bgkmc,bgkrc->bgkmr", q, own_keys)], -1
-    )
+    own = _wide("nkmc,nkrc->nkmr", q.reshape(B * G, K, -1, C), own_keys)
+    scores = jnp.concatenate([_wide("bgkmc,bkpc->bgkmp", q, prompt_keys), own.reshape(B, G, K, -1, R)], -1)
     ago = (context.step - jnp.arange(R)) % R
     own = ago[None, None] <= context.age[..., None]
     each = (B, own.shape[1])
@@ -124,7 +123,8 @@ def decode_attention(q_BGHC, prompt_keys, prompt_values, own_keys, own_values, c
     )[:, :, None, None, :]
     share = _softmax(scores, allowed, q.dtype)
     out = _wide("bgkmp,bkpc->bgkmc", share[..., :P], prompt_values)
-    out = out + _wide("bgkmr,bgkrc->bgkmc", share[..., P:], own_values)
+    own = _wide("nkmr,nkrc->nkmc", share[..., P:].reshape(B * G, K, -1, R), own_values)
+    out = out + own.reshape(out.shape)
     return out.astype(q.dtype).reshape(B, G, -1, C)
 
 

@@ -188,11 +188,13 @@ class Llama(nn.Module):
         """(hidden [B, P, D], prompt cache: keys and values [L, B, K, P, C])."""
         return self._run(prompt_ids, _positions(prompt_mask), GroupContext(prompt_mask), adapters)
 
-    def decode(self, token_ids, prompt_mask, step, prompt_cache, cache, adapters=None, age=None):
+    def decode(self, token_ids, prompt_mask, step, prompt_cache, cache, adapters=None, age=None, layers=None):
         """Completion tokens [B, G] -> (hidden [B, G, D], cache [L, B, G, K, R, C] with them in column step % R).
 
         age: [B, G], how many tokens each completion has before this one, all decoded in the steps just before; None:
           they are the `step`-th of all.
+        layers: of `by_layer`, of (weights, scaled factors of adapters or None), read in place of the module's own and
+          of adapters. Both caches are then by layer too, those of completions [B * G, K, R, C].
         """
         age = jnp.reshape(step, (1, 1)) if age is None else age
         positions = prompt_mask.sum(-1)[:, None] + jnp.broadcast_to(age, token_ids.shape)
@@ -203,6 +205,7 @@ class Llama(nn.Module):
             adapters,
             cache=cache,
             prompt_cache=prompt_cache,
+            layers=layers,
         )
 
     def logits(self, hidden):
@@ -214,16 +217,27 @@ class Llama(nn.Module):
             logits = self.lm_head(hidden)
         return placement.constrain(logits, "batch", *[None] * (logits.ndim - 2), "vocab")
 
-    def _run(self, ids, positions, context, adapters, cache=None, prompt_cache=None):
+    def _run(self, ids, positions, context, adapters, cache=None, prompt_cache=None, layers=None):
         x = placement.embedded(self.embed.embedding, ids, self.config.dtype)
+        rotary = attention.rotary_tables(positions, self.config)
+        if layers is not None:
+            x, cache = self._one_by_one(x, layers, cache, prompt_cache, rotary, context)
+            return self.final_norm(x), cache
         layer = {
             "adapter": None if adapters is None else adapters.scaled(),
             "prompt_cache": prompt_cache,
             "index": jnp.arange(self.config.num_layers) if cache is not None else None,
         }
-        rotary = attention.rotary_tables(positions, self.config)
         (x, cache), made = self.layers((x, cache), layer, rotary, context)
         return self.final_norm(x), made if cache is None else cache
+
+    def _one_by_one(self, x, layers, caches, prompt_caches, rotary, context):
+        block, made = Block(self.config, parent=None), []
+        for (weights, adapter), cache, prompt_cache in zip(layers, caches, prompt_caches, strict=True):
+            layer = {"adapter": adapter, "prompt_cache": prompt_cache, "index": None}
+            (x, cache), _ = block.apply({"params": weights}, (x, cache), layer, rotary, context)
+            made.append(cache)
+        return x, made
 
 
 def _low_rank(x, a, b):
@@ -240,6 +254,15 @@ def unembedding(params: dict) -> jax.Array:
     return params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"].T
 
 
+def by_layer(tree) -> list:
+    """Arrays [L, ...] as one tree a layer, so that each layer's are buffers of their own.
+
+    On a CPU a product reads buffers: what a loop over layers cuts out of the arrays of all is copied, weights and
+    caches alike, for every token. Accelerators read it where it lies, and one layer is compiled sooner than many."""
+    (L,) = {len(x) for x in jax.tree.leaves(tree)}
+    return [jax.tree.map(lambda x, n=n: x[n], tree) for n in range(L)]
+
+
 def empty_cache(config: LlamaConfig, B: int, G: int, R: int):
     """Keys and values [L, B, G, K, R, C] for G completions of up to R tokens."""
     shape = (config.num_layers, B, G, placement.kv_heads(config.num_kv_heads), R, config.head_dim)
@@ -247,9 +270,12 @@ def empty_cache(config: LlamaConfig, B: int, G: int, R: int):
 
 
 def _decode(q, k, v, cache, layer, context):
+    at = layer["index"]
+    if at is None:
+        return _decode_with_own(q, k, v, cache, layer["prompt_cache"], context)
     # The caches of all layers travel in the carry and are written at [layer, :, :, :, column]: in place. As scanned
     # inputs and outputs they would be copied whole for every token.
-    at, column = layer["index"], context.step % cache[0].shape[4]
+    column = context.step % cache[0].shape[4]
     keys, values = (
         jax.lax.dynamic_update_slice(
             whole, new[None, :, :, :, None].astype(whole.dtype), (at, 0, 0, 0, column, 0)
@@ -258,7 +284,19 @@ def _decode(q, k, v, cache, layer, context):
     )
     keys, values = (placement.constrain(whole, *CACHE) for whole in (keys, values))
     own = (jax.lax.dynamic_index_in_dim(whole, at, keepdims=False) for whole in (keys, values))
+    own = (x.reshape(-1, *x.shape[2:]) for x in own)
     return (keys, values), attention.decode_attention(q, *layer["prompt_cache"], *own, context)
+
+
+def _decode_with_own(q, k, v, cache, prompt_cache, context):
+    """With caches [B * G, K, R, C] of this layer alone: as many axes as a product takes, or they would be copied."""
+    column = context.step % cache[0].shape[2]
+    merged = lambda new: new.reshape(-1, *new.shape[2:])[:, :, None]
+    cache = tuple(
+        jax.lax.dynamic_update_slice(whole, merged(new).astype(whole.dtype), (0, 0, column, 0))
+        for whole, new in zip(cache, (k, v), strict=True)
+    )
+    return cache, attention.decode_attention(q, *prompt_cache, *cache, context)
 
 
 def over_last(weights, x):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.errors import InputError
-from rlhf_jax.models import heads, lora, placement
+from rlhf_jax.models import heads, llama, lora, placement
 from rlhf_jax.models.llama import Llama, empty_cache
 from rlhf_jax.models.roles import last_state
 from rlhf_jax.parallel import sharding
@@ -39,6 +39,7 @@ class SamplingConfig:
     halvings: int = (
         0  # how often what is left goes on as a batch of half the size, when none waits; -1: as it pays
     )
+    by_layer: bool | None = None  # each layer decodes with arrays of its own; None: on one CPU, where it pays
 
     def __post_init__(self):
         object.__setattr__(self, "eos_ids", tuple(self.eos_ids))  # a list could not be a static argument
@@ -121,21 +122,36 @@ def generate(
     def advance(state, in_place=False):
         """Every slot by one token. in_place: all completions are in their first places, and at the same token."""
         clock, own = state.clock, state.slots
-        shape = own.cache[0].shape[1:3]
+        shape = len(own.prompt_mask), own.number.size // len(own.prompt_mask)
         tokens, age = own.tokens.reshape(shape), None if in_place else own.step.reshape(shape)
         with sharding.decoding(model.config, tokens.size):
             hidden, cache = apply(
-                tokens, own.prompt_mask, clock, own.prompt_cache, own.cache, at_hand, age, method=Llama.decode
+                tokens,
+                own.prompt_mask,
+                clock,
+                own.prompt_cache,
+                own.cache,
+                at_hand,
+                age,
+                layers,
+                method=Llama.decode,
             )
         state = state.replace(slots=own.replace(cache=cache), clock=clock + 1)
         return record(state, hidden, clock + 1 if in_place else None)
 
     def with_cache(state, X, Y):
-        return state.replace(slots=state.slots.replace(cache=empty_cache(model.config, X, Y, R)))
+        cache = empty_cache(model.config, X, Y, R)
+        if layers is not None:
+            cache = llama.by_layer(jax.tree.map(lambda x: x.reshape(x.shape[0], X * Y, *x.shape[3:]), cache))
+        return state.replace(slots=state.slots.replace(cache=cache))
 
     hidden, prompt_cache = apply(prompt_ids, prompt_mask, adapters, method=Llama.prefill)
     with sharding.decoding(model.config, size * ways):
         at_hand = None if adapters is None else lora.gathered(adapters)
+    layers = None
+    if _by_layer(c):
+        layers = llama.by_layer((params["layers"], None if at_hand is None else at_hand.scaled()))
+        prompt_cache = llama.by_layer(prompt_cache)
     first = jnp.broadcast_to(last_state(hidden, prompt_mask)[:, None], (B, G, hidden.shape[-1]))
     seen = None
     if c.repetition_penalty != 1.0:
@@ -165,3 +181,9 @@ def generate(
     for less, fewer in itertools.pairwise([*sizes[1:], 0]):
         state = slots.run(advance, slots.shrink(state, less), fewer)
     return jax.tree.map(lambda x: x.reshape(B, G, *x.shape[2:]), state.made)
+
+
+def _by_layer(config: SamplingConfig) -> bool:
+    if config.by_layer is not None:
+        return config.by_layer
+    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1

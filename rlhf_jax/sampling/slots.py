@@ -19,7 +19,8 @@ FEWEST = 4  # slots a way; fewer are decoded in about the same time
 class Slots:
     """S slots, each with one completion that is being decoded or with none, as X prompts with Y slots each.
 
-    Y is 1 where completions have left their first places: each slot then has a copy of its prompt's cache."""
+    Y is 1 where completions have left their first places: each slot then has a copy of its prompt's cache. Caches may
+    be lists, of each layer's own (Llama.decode)."""
 
     number: jax.Array  # [S] int32, which of its way's completions; n: none
     step: jax.Array  # [S] int32, which of the completion's tokens `tokens` is
@@ -33,6 +34,7 @@ class Slots:
 
 
 AXES = Slots(0, 0, 0, 0, 1, 0, 1)  # of prompts or slots
+BY_LAYER = AXES.replace(prompt_cache=0, cache=0)
 
 
 @flax.struct.dataclass
@@ -116,6 +118,8 @@ def shrink(state: State, size: int) -> State:
     """`size` slots a way, with those in them that run; there must be no more of these."""
     # In the order of their numbers, of which that of what is idle is the largest.
     _, which = jax.lax.top_k(-state.slots.number.reshape(len(state.idle), -1), size)
+    if isinstance(state.slots.cache, list):
+        return state.replace(slots=_take(state.slots, which))
     flat = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), state.slots.cache)
     kept = _take(state.slots.replace(cache=flat), which)
     cache = jax.tree.map(lambda x: placement.constrain(x[:, :, None], *CACHE), kept.cache)
@@ -192,6 +196,8 @@ def _take(slots, which):
 def _each(function, *slots):
     """function(axis of prompts or slots, array, ...) of every array."""
     whole = lambda axis, *parts: jax.tree.map(lambda *x: function(axis, *x), *parts)
+    if isinstance(slots[0].prompt_cache, list):
+        return jax.tree.map(whole, BY_LAYER, *slots)
     found = jax.tree.map(whole, AXES, *slots)
     laid = lambda x: placement.constrain(x, *PROMPT_CACHE)
     return found.replace(prompt_cache=jax.tree.map(laid, found.prompt_cache))

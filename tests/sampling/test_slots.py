@@ -44,8 +44,8 @@ def made(tiny_llama):
     @functools.cache
     def make(config, count=0, halvings=0):
         asked = dataclasses.replace(config, slots=count, halvings=halvings)
-        key = jax.random.key(0)
-        return jax.device_get(generate(model, params, PROMPTS, MASK, key, asked, *more.get(config, ())))
+        key, layered = jax.random.key(0), dataclasses.replace(config, by_layer=None)
+        return jax.device_get(generate(model, params, PROMPTS, MASK, key, asked, *more.get(layered, ())))
 
     return make
 
@@ -72,7 +72,9 @@ def assert_same(found, expected):
     ],
 )
 def test_the_same_completions_in_slots(made, config, count, halvings):
-    expected, found = made(config), made(config, count, halvings)
+    """And whether each layer's arrays are its own, as here, or those of all layers are one, as on a mesh."""
+    stacked = dataclasses.replace(config, by_layer=False)
+    expected, found = made(stacked), made(config, count, halvings)
     assert_same(found, expected)
     lengths = expected.mask.sum(-1)
     assert lengths.min() < lengths.max() and (expected.values is not None) == (config is EVERYTHING)
@@ -149,12 +151,13 @@ def test_no_slot_is_idle_while_a_completion_waits(seed, ways):
     assert before == max(halved) and int(state.clock) == max(done)
 
 
-def test_no_step_copies_the_cache_and_no_refill_moves_it(tiny_llama):
+@pytest.mark.parametrize("by_layer, layers", [(False, "2,"), (True, "")])
+def test_no_step_copies_the_cache_and_no_refill_moves_it(tiny_llama, by_layer, layers):
     """Of the program for one device: the caches of the slots are written in place, in every loop."""
     model, params = tiny_llama
-    config = SamplingConfig(R, num_completions=3, eos_ids=(2,), slots=5)
+    config = SamplingConfig(R, num_completions=3, eos_ids=(2,), slots=5, by_layer=by_layer)
     hlo = generate.lower(model, params, PROMPTS, MASK, jax.random.key(0), config).compile().as_text()
-    caches = r"f32\[2,5,(?:1,)?2,(?:24|5),8\]"
+    caches = rf"f32\[{layers}5,(?:1,)?2,(?:24|5),8\]"
     copies = [line for line in hlo.splitlines() if re.search(rf"= {caches}\S* copy\(", line)]
     inside = [line for line in copies if "while/body" in line]
     assert re.search(caches, hlo) and not inside, inside
