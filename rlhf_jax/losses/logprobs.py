@@ -96,8 +96,10 @@ def vocabulary_piece(size, hidden, unembedding, temperature, start):
     """(logits [N, size] float32 of the columns from `start`, -inf where an earlier piece had them; which are new)."""
     columns = jax.lax.dynamic_slice_in_dim(unembedding, start, size, axis=1).astype(hidden.dtype)
     logits = jnp.dot(hidden, columns, preferred_element_type=jnp.float32) / temperature
-    # Only the last piece can overlap, and it starts past a multiple of size by what it was moved.
-    fresh = (start + jnp.arange(size) >= -(-start // size) * size)[None]
+    if unembedding.shape[-1] % size == 0:  # said so that the compiler knows it and leaves out what it is for
+        fresh = jnp.ones((1, size), bool)
+    else:  # only the last piece can overlap, and it starts past a multiple of size by what it was moved
+        fresh = (start + jnp.arange(size) >= -(-start // size) * size)[None]
     return jnp.where(fresh, logits, -jnp.inf), fresh
 
 

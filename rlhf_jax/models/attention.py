@@ -3,11 +3,13 @@
 Three readers of the same keys: a plain sequence, a whole group at once, and one new token a completion against a
 cache. Softmax in float32. Knows nothing of projections, layers or vocabularies."""
 
+import functools
 import math
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.models.config import LlamaConfig
 
@@ -69,37 +71,25 @@ def group_attention(q_BSHC, k_BSKC, v_BSKC, context: GroupContext):
     B, P = context.prompt_mask.shape
     C, K = q_BSHC.shape[-1], k_BSKC.shape[2]
     M = q_BSHC.shape[2] // K  # query heads a key head
-    q = (q_BSHC * C**-0.5).reshape(*q_BSHC.shape[:2], K, M, C)
-    q_prompt, k_prompt, v_prompt = q[:, :P], k_BSKC[:, :P], v_BSKC[:, :P]
-    readable = context.prompt_mask[:, None, None, None, :] > 0
-    allowed = readable & jnp.tri(P, dtype=bool)[None, None, None]
-    scores = _wide("btkmc,bskc->bkmts", q_prompt, k_prompt)
-    prompt = jnp.einsum("bkmts,bskc->btkmc", _softmax(scores, allowed, q.dtype), v_prompt)
-    prompt = prompt.reshape(B, P, -1, C)
+    q_BSHC = q_BSHC * C**-0.5
+    by_token = lambda x: x.transpose(0, 2, 4, 1, 3, 5).reshape(B, -1, K * M, C)
+
+    def by_head(x, G):  # [B, G * T, K * M, C] -> [B, K, G, M, T, C]
+        return x.reshape(B, G, -1, K, x.shape[2] // K, C).transpose(0, 3, 1, 4, 2, 5)
+
+    k, v = (by_head(x[:, :P], 1)[:, :, 0, 0] for x in (k_BSKC, v_BSKC))
+    readable = context.prompt_mask[:, None, None, None, None] > 0
+    prompt = by_token(_attended(by_head(q_BSHC[:, :P], 1), (k, v, readable & _causal(P))))
     if context.completion_mask is None:
         return prompt
     _, G, R = context.completion_mask.shape
-    q_own = q[:, P:].reshape(B, G, R, K, M, C)
-    k_own, v_own = (x[:, P:].reshape(B, G, R, K, C) for x in (k_BSKC, v_BSKC))
-    scores = jnp.concatenate(
-        [_wide("bgrkmc,bpkc->bgkmrp", q_own, k_prompt), _wide("bgrkmc,bgskc->bgkmrs", q_own, k_own)], -1
-    )
     if context.segments is None:
-        own = context.completion_mask[:, :, None, None, None, :] > 0
+        own = context.completion_mask[:, None, :, None, None] > 0
     else:  # padding is a segment too, which nothing else reads
-        own = context.segments[:, :, None, None, :, None] == context.segments[:, :, None, None, None, :]
-    before = jnp.tri(R, dtype=bool)[None, None, None, None] & own
-    allowed = jnp.concatenate(
-        [
-            jnp.broadcast_to(readable[:, None], (B, G, 1, 1, R, P)),
-            jnp.broadcast_to(before, (B, G, 1, 1, R, R)),
-        ],
-        -1,
-    )
-    share = _softmax(scores, allowed, q.dtype)
-    own = _wide("bgkmrp,bpkc->bgrkmc", share[..., :P], v_prompt)
-    own = own + _wide("bgkmrs,bgskc->bgrkmc", share[..., P:], v_own)
-    return jnp.concatenate([prompt, own.astype(q.dtype).reshape(B, G * R, K * M, C)], axis=1)
+        own = (context.segments[..., None] == context.segments[:, :, None])[:, None, :, None]
+    k_own, v_own = (by_head(x[:, P:], G)[:, :, :, 0] for x in (k_BSKC, v_BSKC))
+    out = _attended(by_head(q_BSHC[:, P:], G), (k, v, readable), (k_own, v_own, own & _causal(R)))
+    return jnp.concatenate([prompt, by_token(out)], axis=1)
 
 
 def decode_attention(q_BGHC, prompt_keys, prompt_values, own_keys, own_values, context: DecodeContext):
@@ -109,23 +99,21 @@ def decode_attention(q_BGHC, prompt_keys, prompt_values, own_keys, own_values, c
     K, P = prompt_keys.shape[1:3]
     R = own_keys.shape[2]
     q = (q_BGHC * C**-0.5).reshape(B, G, K, -1, C)
+    ago = ((context.step - jnp.arange(R)) % R)[None, None]
     own = _wide("nkmc,nkrc->nkmr", q.reshape(B * G, K, -1, C), own_keys)
-    scores = jnp.concatenate([_wide("bgkmc,bkpc->bgkmp", q, prompt_keys), own.reshape(B, G, K, -1, R)], -1)
-    ago = (context.step - jnp.arange(R)) % R
-    own = ago[None, None] <= context.age[..., None]
-    each = (B, own.shape[1])
-    allowed = jnp.concatenate(
-        [
-            jnp.broadcast_to((context.prompt_mask > 0)[:, None], (*each, P)),
-            jnp.broadcast_to(own, (*each, R)),
-        ],
-        -1,
-    )[:, :, None, None, :]
-    share = _softmax(scores, allowed, q.dtype)
-    out = _wide("bgkmp,bkpc->bgkmc", share[..., :P], prompt_values)
-    own = _wide("nkmr,nkrc->nkmc", share[..., P:].reshape(B * G, K, -1, R), own_values)
-    out = out + own.reshape(out.shape)
-    return out.astype(q.dtype).reshape(B, G, -1, C)
+    readable = (context.prompt_mask > 0)[:, None, None, None]
+    scores = (
+        jnp.where(readable, _wide("bgkmc,bkpc->bgkmp", q, prompt_keys), MASKED),
+        jnp.where((ago <= context.age[..., None])[:, :, None, None], own.reshape(B, G, K, -1, R), MASKED),
+    )
+    of_prompt, of_own = (share.astype(q.dtype) for share in _softmax(scores))
+    own = _wide("nkmr,nkrc->nkmc", of_own.reshape(B * G, K, -1, R), own_values)
+    out = _wide("bgkmp,bkpc->bgkmc", of_prompt, prompt_values)
+    return (out + own.reshape(out.shape)).astype(q.dtype).reshape(B, G, -1, C)
+
+
+def _causal(T):
+    return jnp.tri(T, dtype=bool)[None, None, None, None]
 
 
 def _wide(spec, x, y):
@@ -133,5 +121,80 @@ def _wide(spec, x, y):
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
-def _softmax(scores, allowed, dtype):
-    return jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1).astype(dtype)
+def _softmax(parts):
+    """Over the last axes of all parts together, each part on its own: put in one array, they would have to be copied
+    into it and out of it."""
+    top = functools.reduce(jnp.maximum, (part.max(-1, keepdims=True) for part in parts))
+    mass = [jnp.exp(part - top) for part in parts]
+    total = sum(part.sum(-1, keepdims=True) for part in mass)
+    return tuple(checkpoint_name(part / total, "shares") for part in mass)
+
+
+def _attended(q, *parts):
+    """[B, K, G, M, T, C] in q's dtype, of queries q of that shape and parts (keys, values, which of them are read).
+
+    Keys and values are [B, K, S, C] where all G read the same, or [B, K, G, S, C]."""
+    keys, values, allowed = zip(*parts, strict=True)
+    scores = (jnp.where(may, _product(q, k, True), MASKED) for k, may in zip(keys, allowed, strict=True))
+    return _mean_values(tuple(scores), values).astype(q.dtype)
+
+
+@jax.custom_jvp
+def _mean_values(scores, values):
+    return _with_shares(scores, values)[0]
+
+
+def _with_shares(scores, values):
+    shares = _softmax(scores)
+    out = sum(_product(share.astype(v.dtype), v, False) for share, v in zip(shares, values, strict=True))
+    return checkpoint_name(out, "attended"), shares
+
+
+@_mean_values.defjvp
+def _mean_values_tangent(primals, tangents):
+    """The mean of the scores' tangents is taken off the output, not the shares; so what is summed backwards is as long
+    as a head, not as a row of scores (Dao et al. 2022, arXiv:2205.14135, appendix B)."""
+    values = primals[1]
+    out, shares = _with_shares(*primals)
+    moved = [share * of_score for share, of_score in zip(shares, tangents[0], strict=True)]
+    mean = sum(part.sum(-1, keepdims=True) for part in moved)
+    tangent = sum(_dot(part.astype(v.dtype), v, False) for part, v in zip(moved, values, strict=True))
+    tangent -= out * mean
+    for share, of_value in zip(shares, tangents[1], strict=True):
+        tangent += _by_second(share.astype(of_value.dtype), of_value, False)
+    return out, tangent
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product(x, y, transposed):
+    """x [*batch, *rows, I] with y [*batch, I, O], or [*batch, O, I] transposed, summed in float32."""
+    return _dot(x, y, transposed)
+
+
+@_product.defjvp
+def _product_tangent(transposed, primals, tangents):
+    (x, y), (of_x, of_y) = primals, tangents
+    return _dot(x, y, transposed), _dot(of_x, y, transposed) + _by_second(x, of_y, transposed)
+
+
+def _dot(x, y, transposed):
+    batch = tuple(range(y.ndim - 2))
+    contracted = (x.ndim - 1,), (y.ndim - 1 if transposed else y.ndim - 2,)
+    return jax.lax.dot_general(x, y, (contracted, (batch, batch)), preferred_element_type=jnp.float32)
+
+
+def _by_second(x, y, transposed):
+    """_dot(x, y, transposed), linear in y. Its gradient multiplies the transpose of the narrower array, of heads, with
+    the wider, of scores, as it lies: on a CPU, that would be computed again in the order of its transpose."""
+
+    def gradient(x, g):
+        rows = tuple(range(y.ndim - 2, x.ndim - 1))
+        batch = tuple(range(y.ndim - 2))
+        narrow, wide = (x, g) if transposed else (g, x)
+        narrow, wide = narrow.astype(y.dtype), wide.astype(y.dtype)
+        sums = jax.lax.dot_general(
+            narrow, wide, ((rows, rows), (batch, batch)), preferred_element_type=jnp.float32
+        )
+        return sums.swapaxes(-1, -2).astype(y.dtype)
+
+    return jax.custom_derivatives.linear_call(lambda x, y: _dot(x, y, transposed), gradient, x, y)

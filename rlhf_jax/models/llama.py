@@ -10,12 +10,16 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.models import attention, placement, quantise, splash
 from rlhf_jax.models.attention import DecodeContext, GroupContext
 from rlhf_jax.models.config import LlamaConfig
 from rlhf_jax.models.lora import AXES, Adapter, shapes
 
+# What the backward pass finds where no layer is computed again: what products gave, and the shares of attention.
+# Writing the rest (norms, rotations, gates) to memory costs more than computing it again.
+KEPT = ("projection", "low_rank", "shares", "attended")
 HEADS = ("batch", "tokens", "heads", "head_size")
 CACHE = ("layers", "batch", None, "kv_heads", None, None)
 
@@ -66,7 +70,7 @@ class Projection(nn.Module):
                 x.reshape(-1, math.prod(inputs)), a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
             )
             y = (y + low.reshape(*lead, *outputs)).astype(x.dtype)
-        return placement.activation(y, *names_out)
+        return placement.activation(checkpoint_name(y, "projection"), *names_out)
 
 
 class Attention(nn.Module):
@@ -135,13 +139,12 @@ class Llama(nn.Module):
         c = self.config
         init = nn.with_logical_partitioning(nn.initializers.normal(c.initializer_range), ("vocab", "embed"))
         self.embed = nn.Embed(c.vocab_size, c.hidden_size, embedding_init=init, dtype=c.dtype)
-        block = Block
-        if c.remat != "none":
-            saveable = {
-                "full": jax.checkpoint_policies.nothing_saveable,
-                "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            }[c.remat]
-            block = nn.remat(Block, prevent_cse=False, policy=saveable)
+        saveable = {
+            "full": jax.checkpoint_policies.nothing_saveable,
+            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            "none": jax.checkpoint_policies.save_only_these_names(*KEPT),
+        }[c.remat]
+        block = nn.remat(Block, prevent_cse=False, policy=saveable)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -246,7 +249,7 @@ def _low_rank(x, a, b):
 
     Contracting A's second axis once transposed makes its gradient come out as [r, I]: on CPU that is up to eight times
     faster than as [I, r], and the result is the same."""
-    return jnp.einsum("ni,ri->nr", x.astype(jnp.float32), a.T) @ b
+    return checkpoint_name(jnp.einsum("ni,ri->nr", x.astype(jnp.float32), a.T), "low_rank") @ b
 
 
 def unembedding(params: dict) -> jax.Array:

@@ -64,7 +64,12 @@ def group_attention(q_BSHC, k_BSKC, v_BSKC, context, interpret: bool = False):
         heads = masks.MultiHeadMask([GroupMask(size, P, G, R)] * q.shape[2])
         # Made anew for each trace: it holds arrays of that trace. The work on the mask itself is cached by JAX.
         kernel = kernels.make_splash_mha(
-            heads, block_sizes=_block_sizes(block), head_shards=1, q_seq_shards=1, interpret=interpret
+            heads,
+            block_sizes=_block_sizes(block),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+            residual_checkpoint_name="attended",
         )
         rows = (x.swapaxes(1, 2) for x in (q, k, v))
         return jax.vmap(kernel)(*rows, kernels.SegmentIds(readers, read)).swapaxes(1, 2)

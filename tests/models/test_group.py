@@ -1,5 +1,6 @@
 """The grouped forward, the caches and the adapters against the plain forward of independent rows."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from rlhf_jax.models import heads, lora, roles
 from rlhf_jax.models.llama import Llama, empty_cache
+from rlhf_jax.parallel import flops
 from rlhf_jax.types import GroupedBatch
 
 B, G, P, R = 2, 3, 5, 4
@@ -106,17 +108,36 @@ def test_decoding_with_caches_equals_the_grouped_forward(tiny_llama, side):
         np.testing.assert_allclose(hidden, expected[:, :, t], atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_no_gradient(tiny_llama, remat):
-    import dataclasses
-
+@pytest.fixture(scope="module")
+def probed(tiny_llama):
+    """remat -> a function of an adapter: its states along a random direction (their squares sum to the norm's)."""
     model, params = tiny_llama
-    batch, adapter = make_batch("left"), make_adapter(model.config)
-    again = Llama(dataclasses.replace(model.config, remat=remat))
-    loss = lambda model: (
-        lambda adapter: jnp.square(roles.states(model, params, roles.Role(adapter), batch)).sum()
-    )
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3),
-        jax.grad(loss(model))(adapter), jax.grad(loss(again))(adapter),
-    )  # fmt: skip
+    batch = make_batch("left")
+    probe = jax.random.normal(jax.random.key(5), (B, G, R + 1, model.config.hidden_size))
+
+    def probed(remat):
+        again = Llama(dataclasses.replace(model.config, remat=remat))
+        return lambda adapter: (probe * roles.states(again, params, roles.Role(adapter), batch)).sum()
+
+    return probed
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_gradient(tiny_llama, probed, remat):
+    adapter = make_adapter(tiny_llama[0].config)
+    expected, found = (jax.grad(probed(kind))(adapter) for kind in ("none", remat))
+    assert min(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 0.1
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3), found, expected)
+
+
+def test_without_it_what_products_gave_is_kept_and_nothing_else(tiny_llama, probed):
+    """No product is computed twice; and of the MLP's width, the backward pass finds two arrays a layer."""
+    config, adapter = tiny_llama[0].config, make_adapter(tiny_llama[0].config)
+    of = lambda function: flops.count(jax.make_jaxpr(function)(adapter)).total
+    none, full = (of(jax.grad(probed(kind))) for kind in ("none", "full"))
+    assert full - none == pytest.approx(
+        of(probed("none")), rel=0.2
+    )  # no layer's last product is needed again
+    kept = jax.tree.leaves(jax.eval_shape(lambda adapter: jax.vjp(probed("none"), adapter)[1], adapter))
+    wide = [x.shape for x in kept if x.ndim > 3 and x.shape[-1] == config.intermediate_size]
+    assert len(wide) == 2, wide

@@ -56,7 +56,7 @@ def compare(contexts, atol=1e-5):
         )
         np.testing.assert_allclose(out, expected, atol=atol)
         for found, right in zip(gradients, wanted, strict=True):
-            np.testing.assert_allclose(found, right, atol=atol)
+            np.testing.assert_allclose(found, right, rtol=2e-6, atol=atol)
             assert np.abs(right).max() > 0.1
 
 
@@ -151,11 +151,14 @@ def test_the_model_on_a_mesh(tiny_llama, shape):
     adapter = lora.init(jax.random.key(1), model.config, lora.LoraConfig(rank=2))
     adapter = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), adapter)
     kept = np.concatenate([np.ones((4, 2, 1)), batch.completion_mask], 2)[..., None]
+    probe = rng.normal(size=(4, 2, 8, model.config.hidden_size)).astype(
+        np.float32
+    )  # squares would sum to the norm's
 
     def gradient(form):
         model_of = Llama(dataclasses.replace(model.config, attention=form, remat="full"))
         loss = lambda adapter, params, batch: jnp.sum(
-            kept * jnp.square(roles.states(model_of, params, Role(adapter), batch))
+            kept * probe * roles.states(model_of, params, Role(adapter), batch)
         )
         return jax.jit(jax.value_and_grad(loss))
 
@@ -170,7 +173,8 @@ def test_the_model_on_a_mesh(tiny_llama, shape):
             ),
         )
         found = gradient("interpreted")(placed[0].adapter, placed[1], sharding.put_batch(batch, mesh))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3), found, expected)
+    assert min(float(np.abs(x).max()) for x in jax.tree.leaves(expected)) > 0.1
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3), found, expected)
 
 
 def test_the_choice():

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from rlhf_jax.models import heads, llama, lora
+from rlhf_jax.models import attention, heads, llama, lora
 from rlhf_jax.models.roles import Role
 from rlhf_jax.training.algorithms import ALGORITHMS, Network
 from rlhf_jax.training.state import TrainState
@@ -215,8 +215,9 @@ def test_fisher_product_is_the_hessian_of_the_exact_kl(tiny_llama, monkeypatch, 
     @jax.jit
     def both(v):
         extras = ROW.extras(settings, network, trained, {"base": base}, batch)
-        with monkeypatch.context() as patch:  # a product that can be differentiated twice
+        with monkeypatch.context() as patch:  # products that can be differentiated twice
             patch.setattr(llama, "contract", llama._contract)
+            patch.setattr(attention, "_by_second", attention._dot)
             hessian = jax.jvp(jax.grad(kl), (trained["policy"],), (v,))[1]
         return extras["fisher_fn"]({"policy": v, "value": optax.MaskedNode()})["policy"], hessian
 
