@@ -25,7 +25,7 @@ from rlhf_jax.training.optimizer import make_optimizer
 from rlhf_jax.training.update import make_update
 from rlhf_jax.types import GroupedBatch
 
-SHAPES = [(1, 8, 1), (2, 2, 2), (1, 4, 2)]
+SHAPES = [(2, 2, 2), (1, 4, 2)]
 LARGE = 512  # values; smaller arrays may be whole everywhere
 LAYERS, PROMPTS, COMPLETIONS, PROMPT, COMPLETION, WIDTH, RANK = 2, 8, 2, 6, 8, 32, 16
 PROMPTS_A_MINIBATCH = PROMPTS // 2
@@ -304,7 +304,7 @@ def test_every_name_of_the_model_has_a_rule(tiny_llama, monkeypatch):
 
 
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(run, tmp_path):
-    saved, other = run((2, 2, 2)), run((1, 8, 1))
+    saved, other = run((2, 2, 2)), run((1, 4, 2))
     with CheckpointStore(str(tmp_path)) as store:
         store.save(1, saved["state"], {})
         restored = store.restore(states.abstract(other["first"])).state
