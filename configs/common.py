@@ -15,7 +15,7 @@ def get_config(size: str = "tiny") -> config_dict.ConfigDict:
         path=size,  # tiny (self-made), smollm2 (embedded), or a Hugging Face directory or id
         dtype="float32",  # of the computation
         param_dtype="float32",  # of the frozen base
-        remat="full",  # what the backward pass recomputes: none, dots (all but matmuls), full (all of a layer)
+        remat="full",  # what the backward pass computes again: none (no product), dots (of attention), full (all)
         vocab_chunk=8192,  # vocabulary entries of logits at a time; 0: all at once
         # plain, splash (kernels for a TPU that keep no scores in memory), or auto: splash on a TPU, plain elsewhere.
         attention="auto",

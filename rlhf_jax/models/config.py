@@ -49,7 +49,8 @@ class LlamaConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     dtype: Any = jnp.float32  # of the computation; reductions (norms, softmax) stay float32
-    # What the backward pass recomputes: none, dots (all but matmuls), full (all of a layer).
+    # What the backward pass computes again: none (no product; norms and gates are), dots (products of attention too,
+    # but no projection), full (all of a layer).
     remat: str = "none"
     # Of groups: plain (attention.py), splash (the TPU's kernels, splash.py), interpreted (these on a CPU, for tests).
     attention: str = "plain"

@@ -2,13 +2,24 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
 
-from tests.experiments.small_runs import SMALL, assert_same_policy, begun, copy_without, run_small, timeless
+from experiments import run as run_command
+from rlhf_jax.training.metrics import read_metrics
+from tests.experiments.small_runs import (
+    SMALL,
+    assert_same_policy,
+    begun,
+    copy_without,
+    overrides,
+    run_small,
+    timeless,
+)
 from tests.pairs import Pair
 
 RUN = ("-m", "experiments.run")
@@ -137,6 +148,54 @@ def test_rewards_are_normalised_over_all_processes(finished, tmp_path):
         assert run.statuses() == [0, 0], run.log(0) + run.log(1)
     assert_close(timeless(two, "ppo"), timeless(one, "ppo"))
     assert texts(two / "completions/ppo.jsonl") == texts(one / "completions/ppo.jsonl")
+
+
+SHORT = ("preferences.num_pairs=32", "reward_model.steps=2", "ppo.steps=2", "ppo.eval_every_steps=0")
+CASES = {  # config, what it changes, what it makes again
+    "grpo": (
+        "grpo",
+        ("stages=('grpo',)", "grpo.steps=2", "grpo.batch_size=8", "grpo.pack_completions=True"),
+        (),
+    ),
+    "raft": ("raft", ("stages=('raft',)", "raft.steps=2"), ()),
+    "quark": ("quark", ("stages=('quark',)", "quark.steps=2"), ()),
+    "dpo": ("dpo", ("stages=('dpo',)", "dpo.steps=2", "data.length_buckets=4", "data.sort_batches=2"), ()),
+    "encoder": (
+        "reward_models/encoder",
+        ("stages=('reward_model','ppo')", *SHORT),
+        ("roles/reward_model", "gate.json"),
+    ),
+    "pairrm": (
+        "reward_models/pairrm",
+        ("stages=('reward_model',)", *SHORT[:2]),
+        ("roles/reward_model", "gate.json"),
+    ),
+    "constitution": ("constitutional", ("stages=('constitution',)", "constitution.num_prompts=16"), ()),
+    "judge": (
+        "constitutional",
+        ("stages=('preferences',)", "preferences.labeller=judge:path={base}", SHORT[0]),
+        ("preferences.jsonl", "preferences_held_out.jsonl"),
+    ),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_stage_is_the_same_in_two(case, finished, tmp_path):
+    config, changes, made_again = CASES[case]
+    changes = [change.format(base=finished / "base") for change in changes]
+    one, two = (begun(finished, tmp_path / name) for name in ("one", "two"))
+    for path in (run / name for run in (one, two) for name in made_again):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    flags = overrides(config, "logging.log_every_steps=1", *changes)
+    run_command.command([*flags, f"--workdir={one}"])
+    with Pair(f"{two}.logs", *RUN, f"--workdir={two}", *flags) as run:
+        assert run.statuses() == [0, 0], run.log(0) + run.log(1)
+    stages = {row["stage"] for row in read_metrics(one / "metrics.jsonl")} if case != "judge" else ()
+    for stage in stages:
+        assert_close(timeless(two, stage), timeless(one, stage))
+    texts = lambda run: {str(path.relative_to(run)): path.read_text() for path in run.glob("[cp]*.jsonl")}
+    assert texts(one) == texts(two)
 
 
 @pytest.mark.faults
