@@ -277,5 +277,5 @@ def test_learns_what_is_rewarded(tiny_llama, name):
         assert more.get("first_ratio_gap", 0.0) < 1e-3 and more["skipped_updates"] == 0
         controllers = row.control(settings, controllers, metrics | more, 32)
     # Quark's updates say what is good and not to do it, and learn to tell quantiles apart first.
-    enough = 0.8 if name == "quark" else 0.9
+    enough = 0.8 if name == "quark" else 0.85
     assert rewards[0] < 0.65 and np.mean(rewards[-3:]) > enough, rewards
