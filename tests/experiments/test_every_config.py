@@ -134,7 +134,7 @@ def test_groups_that_are_replaced_are_the_same_when_resumed(finished, one_device
         )
 
 
-def test_a_run_with_a_memory_resumes_with_the_same_bits(finished, tmp_path, monkeypatch):
+def test_a_run_with_a_memory_resumes_with_the_same_bits(finished, one_device, tmp_path, monkeypatch):
     """Quark stopped after its first step ends as the unbroken run: the pool is part of the state. Its
     quantile's tokens are in role.json, read by evaluation and told by export."""
     workdirs = [tmp_path / name for name in ("whole", "broken")]

@@ -29,7 +29,9 @@ def begun(finished, workdir, *files):
 PREFERENCES = ("preferences.jsonl", "preferences_held_out.jsonl")
 
 
-def test_an_encoder_rewards_and_judges_a_policy_and_its_training_resumes(finished, tmp_path, monkeypatch):
+def test_an_encoder_rewards_and_judges_a_policy_and_its_training_resumes(
+    finished, one_device, tmp_path, monkeypatch
+):
     workdir = begun(finished, tmp_path / "run", *PREFERENCES)
     kind = "reward_model.kind=encoder"
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
