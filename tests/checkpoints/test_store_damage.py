@@ -57,7 +57,7 @@ def test_damage_is_found_and_passed_over(states, two_steps, tmp_path):
             outcomes[file.parts[0], restored.step] += 1
             shutil.rmtree(directory)
     # The rest of the files orbax does not need: it merges what they hold.
-    assert outcomes["1", 1] == 0 and outcomes["2", 1] >= 20, outcomes
+    assert outcomes["1", 1] == 0 and outcomes["2", 1] >= 12, outcomes
 
 
 def test_flipped_bits_of_array_data_never_pass(states, two_steps, tmp_path):
