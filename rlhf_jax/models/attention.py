@@ -167,7 +167,8 @@ def _mean_values_tangent(primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _product(x, y, transposed):
-    """x [*batch, *rows, I] with y [*batch, I, O], or [*batch, O, I] transposed, summed in float32."""
+    """x [*batch, *rows, I] with y [*batch, I, O], or [*batch, O, I] transposed, summed in float32. Differentiated once,
+    forwards or backwards."""
     return _dot(x, y, transposed)
 
 
