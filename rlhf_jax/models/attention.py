@@ -96,29 +96,25 @@ def decode_attention(q_BGHC, prompt_keys, prompt_values, own_keys, own_values, c
     """One query a completion, against the prompt's cache [B, K, P, C] and its own [B * G, K, R, C]: the last age + 1
     columns of the ring."""
     B, G, _, C = q_BGHC.shape
-    K, P = prompt_keys.shape[1:3]
-    R = own_keys.shape[2]
-    q = (q_BGHC * C**-0.5).reshape(B, G, K, -1, C)
+    K, R = own_keys.shape[1:3]
+    # As products of matrices with nothing to transpose but queries and outputs: einsum would turn the caches around.
+    q = (q_BGHC * C**-0.5).reshape(B, G, K, -1, C).swapaxes(1, 2)  # [B, K, G, M, C]
+    each = lambda x: x.swapaxes(1, 2).reshape(B * G, K, *x.shape[3:])  # [B, K, G, ...] to [B * G, K, ...]
+    together = lambda x: x.reshape(B, G, K, *x.shape[2:]).swapaxes(1, 2)
     ago = ((context.step - jnp.arange(R)) % R)[None, None]
-    own = _wide("nkmc,nkrc->nkmr", q.reshape(B * G, K, -1, C), own_keys)
+    own_readable = (ago <= context.age[..., None])[:, None, :, None]
     readable = (context.prompt_mask > 0)[:, None, None, None]
     scores = (
-        jnp.where(readable, _wide("bgkmc,bkpc->bgkmp", q, prompt_keys), MASKED),
-        jnp.where((ago <= context.age[..., None])[:, :, None, None], own.reshape(B, G, K, -1, R), MASKED),
+        jnp.where(readable, _dot(q, prompt_keys, True), MASKED),
+        jnp.where(own_readable, together(_dot(each(q), own_keys, True)), MASKED),
     )
     of_prompt, of_own = (share.astype(q.dtype) for share in _softmax(scores))
-    own = _wide("nkmr,nkrc->nkmc", of_own.reshape(B * G, K, -1, R), own_values)
-    out = _wide("bgkmp,bkpc->bgkmc", of_prompt, prompt_values)
-    return (out + own.reshape(out.shape)).astype(q.dtype).reshape(B, G, -1, C)
+    out = _dot(of_prompt, prompt_values, False) + together(_dot(each(of_own), own_values, False))
+    return out.astype(q.dtype).swapaxes(1, 2).reshape(B, G, -1, C)
 
 
 def _causal(T):
     return jnp.tri(T, dtype=bool)[None, None, None, None]
-
-
-def _wide(spec, x, y):
-    """einsum whose sums are kept in float32."""
-    return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
 
 def _softmax(parts):
