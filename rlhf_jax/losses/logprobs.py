@@ -7,8 +7,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-KEPT_BYTES = 2**29  # of logits, which the backward pass reads rather than computes again
-
 
 def token_logprobs(logits, token_ids, temperature=1.0):
     """log softmax(logits / temperature) at the given tokens.
@@ -26,8 +24,8 @@ def token_logprobs(logits, token_ids, temperature=1.0):
 def fused_token_logprobs(hidden, unembedding, token_ids, *, chunk_size=8192, temperature=1.0):
     """The same from hidden states, `chunk_size` vocabulary entries at a time, with the entropy of each distribution.
 
-    The backward pass computes each piece of logits again instead of keeping it, unless the head is trained and all
-    pieces together take no more than KEPT_BYTES. Where the unembedding carries no gradient, none is computed for it.
+    The backward pass computes each piece of logits again instead of keeping it. Where the unembedding carries no
+    gradient, none is computed for it.
 
     Args:
       hidden: [..., T, D]. unembedding: [D, V]. token_ids: [..., T] int.
@@ -49,11 +47,10 @@ def _fused(size, hidden, unembedding, token_ids, temperature):
     return _forward(size, hidden, unembedding, token_ids, temperature)[:2]
 
 
-def _forward(size, hidden, unembedding, token_ids, temperature, with_slope=False, keep=False):
+def _forward(size, hidden, unembedding, token_ids, temperature, with_slope=False):
     """Running maximum, sum of exponentials and its mean logit over the pieces (Milakov & Gimelshein 2018).
 
-    Returns: (logprobs, entropy, normaliser [N]; slope [N, D] of logprobs by hidden, times the temperature, or None;
-      logits [pieces, N, size] or None).
+    Returns: (logprobs, entropy, normaliser [N]; slope [N, D] of logprobs by hidden, times the temperature, or None).
     """
     N, D = hidden.shape
 
@@ -74,25 +71,20 @@ def _forward(size, hidden, unembedding, token_ids, temperature, with_slope=False
             columns = jax.lax.dynamic_slice_in_dim(unembedding, start, size, axis=1).astype(hidden.dtype)
             more = jnp.dot(mass.astype(hidden.dtype), columns.T, preferred_element_type=jnp.float32)
             read = read * shrink[:, None] + more
-        return (new_top, total, weighted, chosen, read), logits if keep else None
+        return (new_top, total, weighted, chosen, read), None
 
     carry = (jnp.full(N, -jnp.inf), jnp.zeros(N), jnp.zeros(N), jnp.zeros(N))
     carry += (jnp.zeros((N, D)) if with_slope else None,)
-    (top, total, weighted, chosen, read), kept = _over_pieces(fold, carry, size, unembedding)
+    starts = piece_starts(size, unembedding.shape[-1])
+    if len(starts) == 1:
+        carry, _ = fold(carry, 0)
+    else:
+        carry, _ = jax.lax.scan(fold, carry, jnp.array(starts))
+    top, total, weighted, chosen, read = carry
     normaliser, slope = top + jnp.log(total), None
     if with_slope:
         slope = jnp.take(unembedding, token_ids, axis=1).T.astype(jnp.float32) - read / total[:, None]
-    return chosen - normaliser, normaliser - weighted / total, normaliser, slope, kept
-
-
-def _over_pieces(step, carry, size, unembedding, given=None):
-    """scan of step(carry, start) or, with arrays given for each piece, step(carry, (start, given))."""
-    starts = piece_starts(size, unembedding.shape[-1])
-    pieces = jnp.array(starts) if given is None else (jnp.array(starts), given)
-    if len(starts) > 1:
-        return jax.lax.scan(step, carry, pieces)
-    carry, made = step(carry, 0 if given is None else (0, given[0]))
-    return carry, None if made is None else made[None]
+    return chosen - normaliser, normaliser - weighted / total, normaliser, slope
 
 
 def piece_starts(size, V):
@@ -104,16 +96,11 @@ def vocabulary_piece(size, hidden, unembedding, temperature, start):
     """(logits [N, size] float32 of the columns from `start`, -inf where an earlier piece had them; which are new)."""
     columns = jax.lax.dynamic_slice_in_dim(unembedding, start, size, axis=1).astype(hidden.dtype)
     logits = jnp.dot(hidden, columns, preferred_element_type=jnp.float32) / temperature
-    fresh = _fresh(size, unembedding.shape[-1], start)
+    if unembedding.shape[-1] % size == 0:  # said so that the compiler knows it and leaves out what it is for
+        fresh = jnp.ones((1, size), bool)
+    else:  # only the last piece can overlap, and it starts past a multiple of size by what it was moved
+        fresh = (start + jnp.arange(size) >= -(-start // size) * size)[None]
     return jnp.where(fresh, logits, -jnp.inf), fresh
-
-
-def _fresh(size, V, start):
-    """[1, size] bool, which columns of a piece no earlier one had."""
-    if V % size == 0:  # said so that the compiler knows it and leaves out what it is for
-        return jnp.ones((1, size), bool)
-    # Only the last piece can overlap, and it starts past a multiple of size by what it was moved.
-    return (start + jnp.arange(size) >= -(-start // size) * size)[None]
 
 
 def join_pieces(pieces, starts, unembedding):
@@ -132,18 +119,15 @@ def _fused_forward(size, hidden, unembedding, token_ids, temperature):
     hand: the backward pass would compute them again."""
     head_is_trained = unembedding.perturbed
     values = [x.value for x in (hidden, unembedding, token_ids, temperature)]
-    N, V = len(values[0]), values[1].shape[1]
-    with_slope = hidden.perturbed and not head_is_trained and size < V
-    keep = head_is_trained and 4 * N * V <= KEPT_BYTES
-    logprobs, entropy, *told = _forward(size, *values, with_slope, keep)
+    with_slope = hidden.perturbed and not head_is_trained and size < values[1].shape[1]
+    logprobs, entropy, normaliser, slope = _forward(size, *values, with_slope)
     # Whether to compute the head's gradient is known while tracing; residuals hold arrays, so it travels as structure.
-    told = (logprobs, entropy, *told)
+    told = (logprobs, entropy, normaliser, slope)
     return (logprobs, entropy), (*values, *told, () if head_is_trained else None)
 
 
 def _fused_backward(size, saved, cotangents):
-    hidden, unembedding, token_ids, temperature, logprobs, entropy, *saved = saved
-    normaliser, slope, kept, head_is_trained = saved
+    hidden, unembedding, token_ids, temperature, logprobs, entropy, normaliser, slope, head_is_trained = saved
     zero = jax.custom_derivatives.SymbolicZero
     N, V = hidden.shape[0], unembedding.shape[-1]
     of_logprob, of_entropy = (jnp.zeros(N) if isinstance(g, zero) else g for g in cotangents)
@@ -155,14 +139,9 @@ def _fused_backward(size, saved, cotangents):
         d_hidden = of_logprob[:, None] * slope / temperature
         return d_hidden.astype(hidden.dtype), jnp.zeros_like(unembedding), None, d_temperature
 
-    def add(carry, piece):
+    def add(carry, start):
         d_hidden, d_temperature = carry
-        if kept is None:
-            start = piece
-            logits, fresh = vocabulary_piece(size, hidden, unembedding, temperature, start)
-        else:
-            start, logits = piece
-            fresh = _fresh(size, V, start)
+        logits, fresh = vocabulary_piece(size, hidden, unembedding, temperature, start)
         logp = logits - normaliser[:, None]
         p = jnp.exp(logp)
         picked = (start + jnp.arange(size))[None] == token_ids[:, None]
@@ -179,8 +158,13 @@ def _fused_backward(size, saved, cotangents):
         return (d_hidden, d_temperature), d_columns
 
     carry = (jnp.zeros(hidden.shape, jnp.float32), jnp.float32(0.0))
-    carry, pieces = _over_pieces(add, carry, size, unembedding, kept)
-    d_unembedding = join_pieces(pieces, piece_starts(size, V), unembedding)
+    starts = piece_starts(size, V)
+    if len(starts) == 1:
+        carry, pieces = add(carry, 0)
+        pieces = None if pieces is None else pieces[None]
+    else:
+        carry, pieces = jax.lax.scan(add, carry, jnp.array(starts))
+    d_unembedding = join_pieces(pieces, starts, unembedding)
     return carry[0].astype(hidden.dtype), d_unembedding, None, carry[1]
 
 

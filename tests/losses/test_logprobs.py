@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.losses import logprobs
 from rlhf_jax.losses.logprobs import fused_token_logprobs, token_logprobs
 
 V, D = 37, 5
@@ -23,13 +22,6 @@ def case(seed, scale=1.0):
     keys = jax.random.split(jax.random.key(seed), 3)
     hidden = jax.random.normal(keys[0], (2, 4, D)) * scale
     return hidden, jax.random.normal(keys[1], (D, V)), jax.random.randint(keys[2], (2, 4), 0, V)
-
-
-@pytest.fixture(params=[0, 2**29], ids=["made_again", "kept"])
-def kept_bytes(request, monkeypatch):
-    """Whether the backward pass finds the logits of a trained head."""
-    monkeypatch.setattr(logprobs, "KEPT_BYTES", request.param)
-    return request.param
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3, 2.0])
@@ -108,7 +100,7 @@ def analytic_gradients(hidden, head, ids, of_logprob, of_entropy, temperature):
 
 @pytest.mark.parametrize("chunk_size", [0, 5, 36])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_fused_gradients_against_float64(chunk_size, temperature, kept_bytes):
+def test_fused_gradients_against_float64(chunk_size, temperature):
     hidden, head, ids = case(5)
     weights = jax.random.normal(jax.random.key(6), (2, 2, 4))
 
@@ -146,7 +138,7 @@ def test_gradients_under_a_frozen_head_against_float64(chunk_size, of_entropy):
 
 
 @pytest.mark.parametrize("chunk_size", [0, 16])
-def test_gradients_at_logits_of_1e4_against_float64(chunk_size, kept_bytes):
+def test_gradients_at_logits_of_1e4_against_float64(chunk_size):
     # Products of small integers and powers of two are exact, so both precisions see the same logits.
     hidden = jnp.array([[[1.0, -1.0], [2.0, 1.0], [0.0, 1.0]]])
     head = jnp.stack([(jnp.arange(V) % 5 - 2.0) * 4096, (jnp.arange(V) % 7 - 3.0) * 2048])
@@ -176,23 +168,17 @@ def test_both_ways_agree_and_shapes_may_have_any_rank():
     np.testing.assert_allclose(one, plain[0, :1], rtol=1e-5)
 
 
-def test_no_gradient_is_computed_for_a_frozen_head(kept_bytes):
+def test_no_gradient_is_computed_for_a_frozen_head():
     hidden, head, ids = case(3)
     of_hidden = lambda h: fused_token_logprobs(h, head, ids, chunk_size=16)[0].sum()
     of_both = lambda h, w: fused_token_logprobs(h, w, ids, chunk_size=16)[0].sum()
     count = lambda f, *args: str(jax.make_jaxpr(f)(*args)).count("dot_general")
-    assert count(jax.grad(of_both, (0, 1)), hidden, head) == (3 if kept_bytes else 4)
+    assert count(jax.grad(of_both, (0, 1)), hidden, head) == 4
     assert count(jax.grad(of_hidden), hidden) == 2  # and the logits are computed once
 
 
-def test_no_array_of_the_whole_vocabulary_is_made(monkeypatch):
+def test_no_array_of_the_whole_vocabulary_is_made():
     hidden, head, ids = case(4)
-    loss = lambda h, w: fused_token_logprobs(h, w, ids, chunk_size=8)[0].sum()
-    monkeypatch.setattr(logprobs, "KEPT_BYTES", 4 * 8 * V - 1)  # a byte too few
-    for inputs in (0, (0, 1)):
-        shapes = str(jax.make_jaxpr(jax.grad(loss, inputs))(hidden, head))
-        assert all(f"f32[{all_logits}]" not in shapes for all_logits in (f"8,{V}", f"2,4,{V}", "5,8,8"))
-        assert "f32[8,8]" in shapes
-    monkeypatch.setattr(logprobs, "KEPT_BYTES", 4 * 8 * V)
-    assert "f32[5,8,8]" in str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, head))
-    assert "f32[5,8,8]" not in str(jax.make_jaxpr(jax.grad(loss))(hidden, head))
+    loss = lambda h: fused_token_logprobs(h, head, ids, chunk_size=8)[0].sum()
+    shapes = str(jax.make_jaxpr(jax.grad(loss))(hidden))
+    assert f"f32[8,{V}]" not in shapes and f"f32[2,4,{V}]" not in shapes and "f32[8,8]" in shapes
