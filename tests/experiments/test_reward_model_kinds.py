@@ -60,7 +60,7 @@ def test_kinds_run_from_their_configs(finished, one_device, tmp_path, name):
     assert last["eval/accuracy"] == pytest.approx(made["accuracy"], abs=0.02)  # of a ranking a mean of means
 
 
-def test_a_gated_ensemble_rewards_a_policy_and_resumes(finished, tmp_path):
+def test_a_gated_ensemble_rewards_a_policy_and_resumes(finished, one_device, tmp_path):
     """Two values of the config do it; killed before its role is written, the stage ends with the same."""
     workdir = tmp_path
     for part in ("base", "roles/sft"):
