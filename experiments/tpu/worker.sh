@@ -113,7 +113,7 @@ log() {
 
 ends_within() {
   for _ in $(seq "$1"); do running || return 0; sleep 1; done
-  return 1
+  ! running
 }
 
 stop() {

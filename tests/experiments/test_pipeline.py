@@ -170,7 +170,7 @@ def test_the_stop_request_is_set_by_sigterm_and_handlers_are_put_back():
 
 
 @pytest.mark.parametrize("value", ["own", "reward"])
-def test_a_value_network_of_its_own(finished, tmp_path, value):
+def test_a_value_network_of_its_own(finished, one_device, tmp_path, value):
     """Two steps with it; only one that starts as the reward model predicts anything at the first."""
     workdir = tmp_path / value
     workdir.mkdir()
