@@ -158,7 +158,8 @@ CASES = {  # config, what it changes, what it makes again
         (),
     ),
     "raft": ("raft", ("stages=('raft',)", "raft.steps=2"), ()),
-    "quark": ("quark", ("stages=('quark',)", "quark.steps=2"), ()),
+    # With the rate of the config, AdamW makes enough of a sum's rounding for another token to be drawn.
+    "quark": ("quark", ("stages=('quark',)", "quark.steps=2", "quark.optimizer.learning_rate=1e-4"), ()),
     "dpo": ("dpo", ("stages=('dpo',)", "dpo.steps=2", "data.length_buckets=4", "data.sort_batches=2"), ()),
     "encoder": (
         "reward_models/encoder",
@@ -194,8 +195,13 @@ def test_every_kind_of_stage_is_the_same_in_two(case, finished, tmp_path):
     stages = {row["stage"] for row in read_metrics(one / "metrics.jsonl")} if case != "judge" else ()
     for stage in stages:
         assert_close(timeless(two, stage), timeless(one, stage))
-    texts = lambda run: {str(path.relative_to(run)): path.read_text() for path in run.glob("[cp]*.jsonl")}
-    assert texts(one) == texts(two)
+    files = lambda run: (*run.glob("[cp]*.jsonl"), *run.glob("completions/*.jsonl"))
+    written, other = ({path.relative_to(run) for path in files(run)} for run in (one, two))
+    assert written == other
+    for path in written:
+        found, expected = lines(two / path), lines(one / path)
+        if found or expected:  # a stage that samples nothing leaves an empty one
+            assert_close(found, expected)
 
 
 @pytest.mark.faults
